@@ -1,0 +1,32 @@
+"""softshare: convolutional networks whose layers share parameters softly, and fold into loops.
+
+A reproduction of "Learning Implicitly Recurrent CNNs Through Parameter Sharing" (Savarese and Maire, ICLR 2019).
+"""
+
+from . import images, models, processor, shortest_path
+from .folding import FoldPlan, fold, plan_fold, tie
+from .sharing import TemplateBank, banks, decay_groups, share_, unshare
+from .similarity import SimilarityRecorder, layer_similarity, recurrence_penalty, similarity_matrices
+
+__version__ = "0.1.0"
+
+processor.avoid_crashing_units(images.cache_folder())
+
+__all__ = [
+    "FoldPlan",
+    "SimilarityRecorder",
+    "TemplateBank",
+    "banks",
+    "decay_groups",
+    "fold",
+    "images",
+    "layer_similarity",
+    "models",
+    "plan_fold",
+    "recurrence_penalty",
+    "share_",
+    "shortest_path",
+    "similarity_matrices",
+    "tie",
+    "unshare",
+]

@@ -1,0 +1,557 @@
+"""Folding: layers whose coefficients point the same way become one layer, and repeats of layers become loops.
+
+The poster: "If LSM_ij is about 1, set alpha(i) = +-alpha(j), connect layer j-1 to i and i to j+1, remove layer j"; with
+fewer distinct layers than templates, "roll back to standard parameterization". How far from 1 a similarity may be, how a
+tied layer is rescaled and what becomes of BatchNorm is not stated. Here: clusters by complete linkage at a threshold that
+the caller chooses; each tied weight is a stored scale times one representative, so exact ties stay exact whatever their
+sign and length; every step of the unrolled network keeps its own BatchNorm.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models.blocks import RecurrentBlock
+from .sharing import TemplateBank, banks, draw_weight_from, give_plain_weight, shared_layers
+from .similarity import layer_similarity
+
+# Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """`length` consecutive layers from layer `start` (from 1), executed `repeats` times."""
+
+    start: int
+    length: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How the layers of one group fold. Layers are numbered from 1 in the group.
+
+    Attributes:
+        name: of the group's bank.
+        layers: the module path of each layer.
+        templates: k of the bank.
+        clusters: layers that become one, each cluster ascending, clusters by their first layer; every layer stands in one.
+        scales: for each layer, what its cluster's representative is multiplied with to give its weight.
+        loops: aligned repeats of whole blocks.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    templates: int
+    clusters: tuple[tuple[int, ...], ...]
+    scales: tuple[float, ...]
+    loops: tuple[LoopPlan, ...]
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """For each layer in turn the layer whose weight it uses: the first one of its cluster."""
+        first = {layer: cluster[0] for cluster in self.clusters for layer in cluster}
+        return tuple(first[layer] for layer in range(1, len(self.layers) + 1))
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether no more distinct layers than templates are left, so that plain weights take no more room."""
+        return len(self.clusters) <= self.templates
+
+    def __str__(self) -> str:
+        starts = {loop.start: loop for loop in self.loops}
+        parts, layer, schedule = [], 1, self.schedule
+        while layer <= len(schedule):
+            loop = starts.get(layer)
+            length = loop.length if loop else 1
+            body = " -> ".join(str(schedule[i - 1]) for i in range(layer, layer + length))
+            parts.append(f"({body}) x {loop.repeats}" if loop else body)
+            layer += length * (loop.repeats if loop else 1)
+        return f"{self.name}: {' -> '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What `fold` will do to a model; printed as a person would say it: ``stage1: 1 -> 2 -> (3 -> 4) x 4``.
+
+    Attributes:
+        threshold: at or above which all pairs of a cluster's similarities lie; None for a plan made by hand.
+        groups: one `GroupPlan` a bank.
+    """
+
+    threshold: float | None
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def clusters(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        return {group.name: group.clusters for group in self.groups}
+
+    @property
+    def scales(self) -> dict[str, tuple[float, ...]]:
+        return {group.name: group.scales for group in self.groups}
+
+    @property
+    def schedule(self) -> dict[str, tuple[int, ...]]:
+        return {group.name: group.schedule for group in self.groups}
+
+    @property
+    def loops(self) -> dict[str, tuple[LoopPlan, ...]]:
+        return {group.name: group.loops for group in self.groups}
+
+    @property
+    def distinct_layers(self) -> int:
+        """Layers left with a weight of their own, over all groups."""
+        return sum(len(group.clusters) for group in self.groups)
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of all groups before folding."""
+        return sum(len(group.layers) for group in self.groups)
+
+    def __str__(self) -> str:
+        return "\n".join(str(group) for group in self.groups)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, read again by `from_json`."""
+        return json.dumps({"format": "softshare fold plan 1", **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> FoldPlan:
+        """Read a plan. Raises ValueError if the text is not one."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") != "softshare fold plan 1":
+                raise ValueError("unknown format")
+            groups = tuple(
+                GroupPlan(
+                    name=str(group["name"]),
+                    layers=tuple(map(str, group["layers"])),
+                    templates=int(group["templates"]),
+                    clusters=tuple(tuple(map(int, cluster)) for cluster in group["clusters"]),
+                    scales=tuple(map(float, group["scales"])),
+                    loops=tuple(
+                        LoopPlan(**{key: int(value) for key, value in loop.items()}) for loop in group["loops"]
+                    ),
+                )
+                for group in data["groups"]
+            )
+            plan = cls(None if data["threshold"] is None else float(data["threshold"]), groups)
+            for group in plan.groups:
+                _check_clusters(group.name, group.clusters, len(group.layers))
+                if len(group.scales) != len(group.layers):
+                    raise ValueError(
+                        f"group {group.name!r} has {len(group.scales)} scales for {len(group.layers)} layers"
+                    )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a fold plan: {error}") from error
+        return plan
+
+
+def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
+    """Find which layers of each group can be tied at a similarity of at least `threshold`.
+
+    Clusters are found by complete linkage on `layer_similarity`: the two clusters whose least similar pair is most
+    similar are joined until no such pair reaches the threshold, ties broken by the lower layer numbers. So every pair
+    within a cluster reaches it, and the result depends on nothing but the coefficients. A row of zeros joins nothing.
+
+    Args:
+        model: any model with banks that layers draw from (`share_`, `swrn`, `gridnet`).
+        threshold: 0 < threshold <= 1; at 1 only exact ties fold, and folding changes no output beyond rounding.
+
+    Raises:
+        ValueError: a threshold outside (0, 1], a model without shared layers.
+        TypeError: a threshold that is not a number.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number, got {threshold!r} ({type(threshold).__name__})")
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
+    plans = []
+    for name, (bank, members) in _members(model).items():
+        if not bank.coefficients.isfinite().all():
+            raise ValueError(
+                f"the coefficients of group {name!r} are not finite, so nothing can be said of their angles"
+            )
+        similarity = layer_similarity(bank.coefficients.detach().double()).cpu()
+        clusters = complete_linkage(similarity, threshold)
+        plans.append(_group_plan(model, name, bank, members, clusters))
+    return FoldPlan(float(threshold), tuple(plans))
+
+
+def tie(model: nn.Module, clusters: Mapping[str, Iterable[Sequence[int]]]) -> FoldPlan:
+    """A plan made by hand: which layers (from 1) to tie in each named group; layers not named stay as they are.
+
+    ``tie(model, {"stage2": [(3, 5, 7), (4, 6, 8)]})`` makes a loop of layers 3 and 4 whatever their similarity.
+
+    Raises ValueError for an unknown group, a layer out of range or in two clusters.
+    """
+    members = _members(model)
+    if unknown := set(clusters) - set(members):
+        raise ValueError(f"unknown groups {sorted(unknown)}; this model has {list(members)}")
+    plans = []
+    for name, (bank, layers) in members.items():
+        given = [tuple(sorted(cluster)) for cluster in clusters.get(name, ())]
+        rest = set(range(1, bank.num_layers + 1)).difference(*given)
+        full = tuple(sorted([*given, *((layer,) for layer in rest)]))
+        _check_clusters(name, full, bank.num_layers)
+        plans.append(_group_plan(model, name, bank, layers, full))
+    return FoldPlan(None, tuple(plans))
+
+
+def _check_clusters(name: str, clusters: Iterable[Sequence[int]], layers: int) -> None:
+    listed = sorted(layer for cluster in clusters for layer in cluster)
+    if listed != list(range(1, layers + 1)):
+        raise ValueError(f"clusters of group {name!r} must hold each of its layers 1 to {layers} once, got {listed}")
+
+
+def _members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]:
+    """Banks with the paths of the layers that draw from them, in the order of their rows."""
+    members: dict[str, tuple[TemplateBank, list[str]]] = {}
+    for name, bank in banks(model).items():
+        rows = {layer.source[1]: path for path, layer in shared_layers(model) if layer.source[0] is bank}
+        if rows and sorted(rows) == list(range(bank.num_layers)):
+            members[name] = (bank, [rows[row] for row in range(bank.num_layers)])
+    if not members:
+        raise ValueError(
+            "no layer of this model draws its weight from a template bank, so there is nothing to fold; share it first "
+            "(softshare.share_), or build a shared model such as softshare.models.swrn"
+        )
+    return members
+
+
+def complete_linkage(similarity: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
+    """Clusters (of indices from 1) of a symmetric matrix (L, L) in which every pair is at least `threshold`."""
+    clusters = [[index] for index in range(similarity.shape[0])]
+    link = similarity.clone()  # link[a, b]: the least similarity between members of cluster a and of cluster b
+    while len(clusters) > 1:
+        upper = link.triu(1) - torch.ones_like(link).tril()
+        best = upper.max()
+        if best < threshold - _ROUNDING:
+            break
+        # The first of the pairs that are best up to rounding, so that rounding decides nothing.
+        a, b = (upper >= best - _ROUNDING).nonzero()[0].tolist()
+        clusters[a] += clusters.pop(b)
+        keep = [index for index in range(link.shape[0]) if index != b]
+        link[a] = link[:, a] = torch.minimum(link[a], link[b])
+        link = link[keep][:, keep]
+    return tuple(sorted(tuple(sorted(index + 1 for index in cluster)) for cluster in clusters))
+
+
+def _group_plan(
+    model: nn.Module, name: str, bank: TemplateBank, layers: list[str], clusters: tuple[tuple[int, ...], ...]
+) -> GroupPlan:
+    plan = GroupPlan(name, tuple(layers), bank.num_templates, clusters, _scales(bank, clusters), ())
+    loops = []
+    for _, chain in _chains(model, layers):
+        width = len(chain[0])  # layers of a block
+        signatures = [tuple(plan.schedule[layer - 1] for layer in block) for block in chain]
+        for first, period, repeats in _repeats(signatures):
+            loops.append(LoopPlan(chain[first][0], period * width, repeats))
+    return GroupPlan(name, tuple(layers), bank.num_templates, clusters, plan.scales, tuple(loops))
+
+
+@torch.no_grad()
+def _scales(bank: TemplateBank, clusters: Iterable[Sequence[int]]) -> tuple[float, ...]:
+    """The scale of each layer: its mixed weight's projection on the leading direction of its cluster's mixed weights.
+
+    All in the k coordinates of the templates, with their Gram matrix as the inner product. The representative is given
+    the root mean square length of its members and the sign of the first one.
+    """
+    templates = bank.templates.detach().double()
+    gram = templates @ templates.T  # (k, k)
+    coefficients = bank.coefficients.detach().double()  # (L, k)
+    scales = [1.0] * bank.num_layers
+    for cluster in clusters:
+        if len(cluster) == 1:
+            continue
+        rows = coefficients[[layer - 1 for layer in cluster]]  # (n, k)
+        inner = rows @ gram @ rows.T  # (n, n)
+        direction = torch.linalg.eigh(inner).eigenvectors[:, -1] @ rows  # (k,)
+        length = float(direction @ gram @ direction)
+        if length <= 0.0:
+            continue  # all weights are zero: any scale is right
+        direction = direction * math.sqrt(float(inner.diagonal().mean()) / length)
+        projections = (rows @ gram @ direction) / (direction @ gram @ direction)
+        if projections[0] < 0:
+            projections = -projections
+        for layer, scale in zip(cluster, projections.tolist(), strict=True):
+            scales[layer - 1] = scale
+    return tuple(scales)
+
+
+def _chains(model: nn.Module, layers: Sequence[str]) -> list[tuple[list[str], list[tuple[int, ...]]]]:
+    """Runs of consecutive blocks of an `nn.Sequential` whose layers are consecutive layers of the group.
+
+    For each run the paths of its blocks and, for each block, its layers' numbers from 1.
+    """
+    number = {path: index for index, path in enumerate(layers, start=1)}
+    chains: list[tuple[list[str], list[tuple[int, ...]]]] = []
+    for parent, container in model.named_modules():
+        if not isinstance(container, nn.Sequential):
+            continue
+        previous: tuple[int, ...] = ()
+        for child, block in container.named_children():
+            path = f"{parent}.{child}" if parent else child
+            inner = [f"{path}.{name}" for name in getattr(block, "layer_names", ())]
+            if not isinstance(block, RecurrentBlock) or not all(name in number for name in inner):
+                previous = ()
+                continue
+            numbers = tuple(number[name] for name in inner)
+            if previous and numbers[0] == previous[-1] + 1 and len(numbers) == len(previous):
+                chains[-1][0].append(path)
+                chains[-1][1].append(numbers)
+            else:
+                chains.append(([path], [numbers]))
+            previous = numbers
+    return chains
+
+
+def _repeats(sequence: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """Non-overlapping (start, period, repeats >= 2) of a sequence that leave the fewest items to be written down.
+
+    By dynamic programming from the end; among equal choices the shorter period wins, then the longer run.
+    """
+    size = len(sequence)
+    cost = [0] * (size + 1)
+    choice: list[tuple[int, int]] = [(1, 1)] * (size + 1)
+    for start in range(size - 1, -1, -1):
+        options = [(1 + cost[start + 1], 1, -1)]
+        for period in range(1, (size - start) // 2 + 1):
+            repeats = 1
+            while (
+                sequence[start : start + period] == sequence[start + repeats * period : start + (repeats + 1) * period]
+            ):
+                repeats += 1
+                options.append((period + cost[start + period * repeats], period, -repeats))
+        best = min(options)
+        cost[start], choice[start] = best[0], (best[1], -best[2])
+    found, start = [], 0
+    while start < size:
+        period, repeats = choice[start]
+        if repeats > 1:
+            found.append((start, period, repeats))
+        start += period * repeats
+    return found
+
+
+class DistinctWeights(nn.Module):
+    """The weights that several layers of a folded group use, each held once; a use is a weight times a scale.
+
+    Either plain weights (`weights`), or, while more distinct layers than templates are left, a `TemplateBank` with one
+    row of coefficients for each of them.
+    """
+
+    scales: Tensor
+
+    def __init__(self, name: str, held: TemplateBank | Sequence[Tensor]) -> None:
+        super().__init__()
+        self.name = name
+        if isinstance(held, TemplateBank):
+            self.templates = held
+        else:
+            self.weights = nn.ParameterList(nn.Parameter(weight) for weight in held)
+        self.users: list[int] = []  # which weight each use is of
+        like = held.templates if isinstance(held, TemplateBank) else held[0]
+        self.register_buffer("scales", like.detach().new_ones(0))  # (uses,)
+
+    def use(self, weight: int, scale: float) -> int:
+        """Add a use of weight number `weight` and return its index, for `mix`."""
+        self.users.append(weight)
+        self.scales = torch.cat([self.scales, self.scales.new_tensor([scale])])
+        return len(self.users) - 1
+
+    def mix(self, index: int) -> Tensor:
+        held = self.users[index]
+        weight = self.weights[held] if hasattr(self, "weights") else self.templates.mix(held)
+        return weight * self.scales[index]
+
+
+class Loop(nn.Module):
+    """A few blocks executed several times, (N, C, H, W) to the same shape.
+
+    Attributes:
+        body: the blocks, with the convolutions that all passes share and the normalisations of the first pass.
+        norms: the normalisations of the later passes, by pass, block and place.
+        scales: buffer (passes, blocks, convolutions of a block): what each convolution's output is multiplied with.
+    """
+
+    scales: Tensor
+
+    def __init__(self, passes: Sequence[Sequence[RecurrentBlock]], scales: Tensor) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(passes[0])
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.ModuleList(block.norms()) for block in blocks) for blocks in passes[1:]
+        )
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for turn in range(len(self.scales)):
+            for place, block in enumerate(self.body):
+                norms = block.norms() if turn == 0 else self.norms[turn - 1][place]  # type: ignore[operator, index]
+                x = block.step(x, norms, self.scales[turn, place])  # type: ignore[operator]
+        return x
+
+    def extra_repr(self) -> str:
+        return f"passes={len(self.scales)}"
+
+
+@torch.no_grad()
+def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
+    """A new model in which tied layers use one weight, held once, and aligned repeats of blocks run as loops.
+
+    Ties work in any module. A *loop* needs equal ties at equal places of consecutive blocks of a network of ours (WRN,
+    grid network); all other ties are *reuse*. Every step of the unrolled network keeps its own BatchNorm and its own
+    scale. A group with no more distinct layers than templates goes back to plain weights; the others keep their templates
+    with one row of coefficients for each distinct layer. The representative of a cluster is the least-squares fit to its
+    mixed weights under the plan's scales.
+
+    To load a saved folded model, build the same model, fold it by the saved plan and load the state dict.
+
+    Args:
+        model: stays as it is.
+        plan_or_threshold: a plan of this model (or of one with the same layers), or a threshold for `plan_fold`.
+
+    Raises:
+        ValueError: a model without shared layers, a threshold outside (0, 1], a plan of another model.
+        TypeError: neither a plan nor a number.
+    """
+    plan = plan_or_threshold if isinstance(plan_or_threshold, FoldPlan) else plan_fold(model, plan_or_threshold)
+    _check_plan(model, plan)
+    folded = copy.deepcopy(model)
+    sources = {name: bank for name, (bank, _) in _members(folded).items()}
+    for group in plan.groups:
+        if len(group.clusters) == len(group.layers) and not group.rolls_back:
+            continue  # nothing ties and plain weights would take more room: the group stays as it is
+        weights = _representatives(sources[group.name], group)
+        bodies = _loop_blocks(folded, group)
+        _tie_layers(folded, sources[group.name], group, weights, bodies)
+    return folded
+
+
+def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
+    members = _members(model)
+    for group in plan.groups:
+        if group.name not in members:
+            raise ValueError(f"the plan is of another model: it has a group {group.name!r}, the model {list(members)}")
+        bank, layers = members[group.name]
+        if list(group.layers) != layers or group.templates != bank.num_templates:
+            raise ValueError(
+                f"the plan is of another model: group {group.name!r} has {len(group.layers)} layers and "
+                f"{group.templates} templates in the plan, {len(layers)} and {bank.num_templates} in the model"
+                + ("" if len(group.layers) != len(layers) else "; or its layers have other names")
+            )
+
+
+def _representatives(bank: TemplateBank, group: GroupPlan) -> list[Tensor] | TemplateBank:
+    """One weight for each cluster: plain tensors where the group rolls back, else a smaller bank."""
+    coefficients = bank.coefficients.detach().double()
+    rows = []
+    for cluster in group.clusters:
+        members = [layer - 1 for layer in cluster]
+        scales = coefficients.new_tensor([group.scales[member] for member in members])
+        norm = scales.square().sum()
+        rows.append(scales @ coefficients[members] / (norm if norm > 0 else 1.0))
+    fitted = torch.stack(rows).to(bank.coefficients.dtype)  # (clusters, k)
+    smaller = TemplateBank(
+        len(rows), bank.num_templates, bank.weight_shape, name=bank.name, device=fitted.device, dtype=fitted.dtype
+    )
+    smaller.channels_last = bank.channels_last
+    smaller.coefficients.copy_(fitted)
+    smaller.templates.copy_(bank.templates)
+    for parameter, old in ((smaller.templates, bank.templates), (smaller.coefficients, bank.coefficients)):
+        parameter.requires_grad_(old.requires_grad)
+    if group.rolls_back:
+        return [smaller.mix(row).detach().clone(memory_format=torch.contiguous_format) for row in range(len(rows))]
+    return smaller
+
+
+def _loop_blocks(model: nn.Module, group: GroupPlan) -> set[nn.Module]:
+    """Replace the blocks of the group's loops by `Loop`; returns the layers of their bodies."""
+    bodies: set[nn.Module] = set()
+    for paths, chain in _chains(model, group.layers):
+        width = len(chain[0])  # layers of a block
+        for loop in group.loops:
+            first = next((index for index, block in enumerate(chain) if block[0] == loop.start), None)
+            if first is None:
+                continue
+            period = loop.length // width
+            replaced = paths[first : first + period * loop.repeats]
+            blocks: list[Any] = [model.get_submodule(path) for path in replaced]
+            bodies.update(getattr(block, name) for block in blocks[:period] for name in block.layer_names)
+            weight = getattr(blocks[0], blocks[0].layer_names[0]).weight
+            scales = weight.new_tensor(group.scales[loop.start - 1 :][: loop.length * loop.repeats])
+            passes = [blocks[turn * period : (turn + 1) * period] for turn in range(loop.repeats)]
+            looped = Loop(passes, scales.view(loop.repeats, period, width)).train(model.training)
+            parent, _, name = replaced[0].rpartition(".")
+            children = model.get_submodule(parent)._modules
+            children[name] = looped
+            for path in replaced[1:]:
+                del children[path.rpartition(".")[2]]
+    return bodies
+
+
+def _tie_layers(
+    model: nn.Module, bank: TemplateBank, group: GroupPlan, weights: list[Tensor] | TemplateBank, bodies: set[nn.Module]
+) -> None:
+    """Give the layers that are left their weights: plain where one layer uses a weight alone, else by `DistinctWeights`."""
+    cluster_of = {layer: index for index, cluster in enumerate(group.clusters) for layer in cluster}
+    users: dict[int, list[tuple[nn.Module, float]]] = {}
+    for _, layer in shared_layers(model):
+        if layer.source[0] is bank:
+            number = layer.source[1] + 1
+            # A loop scales its convolutions' outputs, step by step.
+            scale = 1.0 if layer in bodies else group.scales[number - 1]
+            users.setdefault(cluster_of[number], []).append((layer, scale))
+            layer._modules.pop("bank", None)
+    if isinstance(weights, TemplateBank):
+        held, alone = sorted(users), []
+    else:
+        held = [cluster for cluster in sorted(users) if len(users[cluster]) > 1]
+        alone = [cluster for cluster in users if len(users[cluster]) == 1]
+        for cluster in alone:
+            give_plain_weight(users[cluster][0][0], weights[cluster])
+        weights = [weights[cluster] for cluster in held]
+    if held:
+        distinct = DistinctWeights(group.name, weights)
+        for index, cluster in enumerate(held):
+            for layer, scale in users[cluster]:
+                draw_weight_from(layer, distinct, distinct.use(index, scale))
+        users[held[0]][0][0].add_module("bank", distinct)
+
+
+def sweep(
+    model: nn.Module, evaluate: Callable[[nn.Module], float], thresholds: Iterable[float]
+) -> list[dict[str, Any]]:
+    """Fold at each threshold and evaluate: how much a plan costs before one is chosen.
+
+    Returns a list of dicts with threshold, plan (as text), distinct and total layers of all groups, parameters of the
+    whole model, value (of the folded model) and change (value minus that of the unfolded model).
+    """
+    before = evaluate(model)
+    rows = []
+    for threshold in thresholds:
+        plan = plan_fold(model, threshold)
+        folded = fold(model, plan)
+        value = evaluate(folded)
+        rows.append(
+            {
+                "threshold": threshold,
+                "plan": str(plan),
+                "distinct": plan.distinct_layers,
+                "total": plan.total_layers,
+                "parameters": sum(parameter.numel() for parameter in folded.parameters()),
+                "value": value,
+                "change": value - before,
+            }
+        )
+    return rows

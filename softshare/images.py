@@ -1,0 +1,593 @@
+"""Labelled images: CIFAR-10 and CIFAR-100, any image folder or archive of one, embedded digits; and their augmentation.
+
+Everything is read from local files into one uint8 tensor. Nothing is ever unpickled (CIFAR has a binary edition of
+fixed-size records), archives are read member by member and never unpacked to disk, and checksums are verified before a
+byte is parsed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("cifar10", "cifar100", "digits")
+SPLITS = ("train", "test")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+
+STATISTICS = {
+    "CIFAR-10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "CIFAR-100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+}
+"""Mean and standard deviation of each channel, on the scale 0 to 255, as in the authors' code."""
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+_ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
+_CACHED_FROM = 2000  # images; fewer are read again faster than a copy is found
+
+
+@dataclass(frozen=True)
+class _Edition:
+    """The binary edition of a CIFAR data set, as its web page gives it."""
+
+    title: str
+    archive: str
+    url: str
+    hash: str
+    folder: str
+    files: dict[str, tuple[tuple[str, int], ...]]  # split -> (file, records)
+    label_bytes: int  # of which the last is the label
+    class_file: str
+    num_classes: int
+
+
+_PAGE = "https://www.cs.toronto.edu/~kriz/"
+_EDITIONS = {
+    "cifar10": _Edition(
+        title="CIFAR-10",
+        archive="cifar-10-binary.tar.gz",
+        url=_PAGE + "cifar-10-binary.tar.gz",
+        hash="sha256:c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        folder="cifar-10-batches-bin",
+        files={
+            "train": tuple((f"data_batch_{number}.bin", 10_000) for number in range(1, 6)),
+            "test": (("test_batch.bin", 10_000),),
+        },
+        label_bytes=1,
+        class_file="batches.meta.txt",
+        num_classes=10,
+    ),
+    "cifar100": _Edition(
+        title="CIFAR-100",
+        archive="cifar-100-binary.tar.gz",
+        url=_PAGE + "cifar-100-binary.tar.gz",
+        hash="md5:03b5dce01913d631647c71ecec9e9cb8",
+        folder="cifar-100-binary",
+        files={"train": (("train.bin", 50_000),), "test": (("test.bin", 10_000),)},
+        label_bytes=2,
+        class_file="fine_label_names.txt",
+        num_classes=100,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split of a data set.
+
+    Attributes:
+        images: (n, 3, 32, 32) uint8.
+        labels: (n,) int64.
+        classes: name of each class.
+        source: what the images are, in words: "CIFAR-10", "CIFAR-10 (JPEG)", "digits".
+        fingerprint: SHA-256 of images, labels and classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str
+    fingerprint: str
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, 0 to 255: the authors' for CIFAR, otherwise computed."""
+        known = STATISTICS.get(self.source.removesuffix(" (JPEG)").removesuffix(" (PNG)"))
+        if known:
+            return known
+        pixels = self.images.transpose(0, 1).reshape(3, -1).double()
+        return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1.0).tolist())
+
+
+def cache_folder() -> Path:
+    """Where downloads and decoded copies are kept: data/cache of a checkout, else ~/.cache/softshare."""
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "pyproject.toml").is_file():
+        return checkout / "data" / "cache"
+    return Path.home() / ".cache" / "softshare"
+
+
+def load(name: str, split: str, root: str | Path | None = None, download: bool = False) -> ImageSet:
+    """Read one split of a data set.
+
+    ``"cifar10"`` and ``"cifar100"`` are looked for in `root`, then in `cache_folder`: the official binary edition
+    (archive or unpacked), and for CIFAR-10 also an image folder or an archive of one that has its ten classes by name.
+    ``"digits"`` is embedded in the package: 1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak, 1998, UCI,
+    CC BY 4.0; the edition that scikit-learn ships), enlarged to 32 x 32; the first 1,437 train, the others test. Any other
+    name is the path of an image folder ``split/class/file`` or of an archive of one; its images must be 32 x 32.
+
+    Large sets are decoded once and kept in the cache folder.
+
+    Args:
+        name: "cifar10", "cifar100", "digits", or a path.
+        split: "train" or "test".
+        root: a folder with copies, or a copy; default $SOFTSHARE_DATA (empty means unset). Never written to.
+        download: fetch the official edition to the cache folder if no copy is found, and verify it.
+
+    Raises:
+        FileNotFoundError: no copy; the message says which file to put where.
+        ValueError: an unknown name or split; a file that is truncated, damaged, mislabelled or climbs out of its archive.
+        TypeError: a name or split that is not a string.
+        ConnectionError: a download failed.
+    """
+    if not isinstance(name, (str, Path)) or not isinstance(split, str):
+        raise TypeError(f"name and split must be strings, got {name!r} and {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if name == "digits":
+        return _digits(split)
+    if name in _EDITIONS:
+        return _load_cifar(str(name), split, root, download)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if path.name == str(name) and not str(name).lower().endswith(_ARCHIVE_SUFFIXES):
+            raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}, or the path of an image folder")
+        raise FileNotFoundError(f"no image folder or archive at {path}")
+    return _load_folder(path, split)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+def _load_cifar(name: str, split: str, root: str | Path | None, download: bool) -> ImageSet:
+    edition = _EDITIONS[name]
+    given = root if root is not None else os.environ.get("SOFTSHARE_DATA") or None
+    places = [Path(place).expanduser() for place in (given,) if place is not None]
+    if places and not places[0].exists():
+        origin = "root" if root is not None else "$SOFTSHARE_DATA"
+        raise FileNotFoundError(f"{origin} names {places[0]}, which does not exist")
+    places.append(cache_folder())
+    for place in places:
+        if found := _find(place, edition):
+            kind, path = found
+            return _load_binary(path, edition, split) if kind == "binary" else _load_folder(path, split)
+    if download:
+        return _load_binary(_download(edition), edition, split)
+    looked = " and ".join(str(place) for place in places)
+    folder = (
+        "" if name != "cifar10" else ", or an image folder train/<class>/<file>, test/<class>/<file> or archive of one,"
+    )
+    raise FileNotFoundError(
+        f"no copy of {edition.title} in {looked}. Put {edition.archive}{folder} into one of them (the archive is at "
+        f"{edition.url}), or set SOFTSHARE_DATA to a folder that holds a copy, or call load(..., download=True)"
+    )
+
+
+def _find(place: Path, edition: _Edition) -> tuple[str, Path] | None:
+    """The first copy of a CIFAR edition at a place: ("binary" or "folder", path)."""
+    if place.is_file():
+        return ("binary", place) if place.name == edition.archive else ("folder", place)
+    if not place.is_dir():
+        return None
+    for path in (place if place.name == edition.folder else place / edition.folder, place / edition.archive):
+        if path.exists():
+            return "binary", path
+    if edition.title == "CIFAR-10":
+        archives = [
+            path for path in place.iterdir() if path.is_file() and path.name.lower().endswith(_ARCHIVE_SUFFIXES)
+        ]
+        official = {other.archive for other in _EDITIONS.values()}
+        folders = [path for path in place.iterdir() if path.is_dir()]
+        for path in [place, *sorted(folders), *sorted(path for path in archives if path.name not in official)]:
+            if _class_names(path) == CIFAR10_CLASSES:
+                return "folder", path
+    return None
+
+
+def _download(edition: _Edition) -> Path:
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError("downloading needs the package pooch: pip install pooch") from error
+    folder = cache_folder()
+    try:
+        path = pooch.retrieve(edition.url, edition.hash, fname=edition.archive, path=folder, progressbar=True)
+    except ValueError as error:
+        raise ValueError(f"{edition.url}: the download does not have the published checksum: {error}") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"could not download {edition.url}: {error}. Without network, put {edition.archive} into {folder}"
+        ) from error
+    return Path(path)
+
+
+def _load_binary(path: Path, edition: _Edition, split: str) -> ImageSet:
+    if path.is_file():
+        _verify(path, edition.hash)
+    wanted = [edition.class_file, *(file for file, _ in edition.files[split])]
+    contents: dict[str, bytes] = {}
+    for member, read in _files(path):
+        if PurePosixPath(member).name in wanted:
+            contents[PurePosixPath(member).name] = read()
+    if missing := [file for file in wanted if file not in contents]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it is not the binary edition of {edition.title}")
+    classes = tuple(contents[edition.class_file].decode("utf-8", "replace").split())
+    if len(classes) != edition.num_classes:
+        raise ValueError(f"{path}: {edition.class_file} names {len(classes)} classes, expected {edition.num_classes}")
+    record = edition.label_bytes + 3 * SIDE * SIDE
+    images, labels = [], []
+    for file, records in edition.files[split]:
+        data = contents[file]
+        if len(data) != records * record:
+            raise ValueError(f"{path}: {file} has {len(data):,} bytes, expected {records * record:,}; it is damaged")
+        rows = np.frombuffer(data, dtype=np.uint8).reshape(records, record)
+        label = rows[:, edition.label_bytes - 1]
+        if label.max() >= edition.num_classes:
+            raise ValueError(
+                f"{path}: {file} holds the label {label.max()}, the last class is {edition.num_classes - 1}"
+            )
+        labels.append(label)
+        images.append(rows[:, edition.label_bytes :].reshape(records, 3, SIDE, SIDE))
+    return _image_set(np.concatenate(images), np.concatenate(labels), classes, edition.title)
+
+
+# -------------------------------------------------------------------------------------------- folders and archives of one
+
+
+def _load_folder(path: Path, split: str) -> ImageSet:
+    key = _key(path)
+    cached = cache_folder() / f"images-{key}-{split}.npz"
+    if (kept := _read_cached(cached)) is not None:
+        return kept
+    if path.is_file():
+        _verify_listed(path)
+    splits = _decode(path)
+    if split not in splits:
+        raise ValueError(
+            f"{path} has no split {split!r} (split/class/file), only {', '.join(sorted(splits)) or 'none'}"
+        )
+    for name, found in splits.items():
+        if len(found.labels) >= _CACHED_FROM:
+            _write_cached(cached.with_name(f"images-{key}-{name}.npz"), found)
+    return splits[split]
+
+
+def _decode(path: Path) -> dict[str, ImageSet]:
+    """Read all splits of an image folder or archive in one pass."""
+    from PIL import Image
+
+    pixels: dict[str, list[np.ndarray]] = {}
+    names: dict[str, list[tuple[str, str]]] = {}
+    suffixes: set[str] = set()
+    from tqdm import tqdm
+
+    total = len(_listing(path))
+    for member, read in tqdm(_files(path), f"reading {path.name}", total, unit=" files", delay=2.0, mininterval=1.0):
+        place = _place(member)
+        if place is None:
+            continue
+        split, label, file = place
+        try:
+            with Image.open(io.BytesIO(read())) as image:
+                if image.size != (SIDE, SIDE):
+                    width, height = image.size
+                    raise ValueError(f"{path}: {member} is {width} x {height}, expected {SIDE} x {SIDE} pixels")
+                pixels.setdefault(split, []).append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: {member} is not a readable image: {error}") from error
+        names.setdefault(split, []).append((label, file))
+        suffixes.add(PurePosixPath(member).suffix.lower())
+    if not names:
+        raise ValueError(f"{path} holds no images as train/<class>/<file> or test/<class>/<file>")
+    classes = tuple(sorted({label for files in names.values() for label, _ in files}))
+    found = {}
+    for split, files in names.items():
+        if absent := set(classes) - {label for label, _ in files}:
+            raise ValueError(f"{path}: split {split!r} has no images of {', '.join(sorted(absent))}")
+        order = sorted(range(len(files)), key=files.__getitem__)
+        images = np.stack(pixels[split])[order].transpose(0, 3, 1, 2)
+        labels = np.array([classes.index(files[index][0]) for index in order])
+        found[split] = _image_set(np.ascontiguousarray(images), labels, classes, _title(path, classes, suffixes))
+    return found
+
+
+def _title(path: Path, classes: tuple[str, ...], suffixes: set[str]) -> str:
+    if classes != CIFAR10_CLASSES:
+        return path.name
+    return "CIFAR-10 (JPEG)" if suffixes & {".jpg", ".jpeg"} else "CIFAR-10 (PNG)"
+
+
+def _place(member: str) -> tuple[str, str, str] | None:
+    """(split, class, file) of an image's path, whose split folder stands at the root or in one wrapping folder."""
+    parts = PurePosixPath(member).parts
+    if parts and parts[0] not in SPLITS:
+        parts = parts[1:]
+    if len(parts) != 3 or parts[0] not in SPLITS or parts[2].startswith("."):
+        return None
+    return (parts[0], parts[1], parts[2]) if parts[2].lower().endswith(_IMAGE_SUFFIXES) else None
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    if path.is_dir():  # two levels are enough, and the files themselves need no look
+        tops = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+        folders = [top / split for top in tops for split in SPLITS if (top / split).is_dir()]
+        return tuple(sorted({child.name for folder in folders for child in folder.iterdir() if child.is_dir()}))
+    if _cached_any(path):  # decoded before
+        return _cached_any(path)
+    return tuple(sorted({place[1] for member in _listing(path) if (place := _place(member))}))
+
+
+def _listing(path: Path) -> tuple[str, ...]:
+    """The names of all files; lists an archive to its end, and so checks it, before anything in it is used."""
+    if path.is_dir():
+        return tuple(member for member, _ in _files(path))
+    status = path.stat()
+    return _listed(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(path: Path, size: int, changed: int) -> tuple[str, ...]:
+    return tuple(member for member, _ in _files(path))
+
+
+def _cached_any(path: Path) -> tuple[str, ...]:
+    for split in SPLITS:
+        if (kept := _read_meta(cache_folder() / f"images-{_key(path)}-{split}.npz")) is not None:
+            return tuple(kept["classes"])
+    return ()
+
+
+def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names and readers of all files in a folder or archive. Raises ValueError for a damaged or unsafe archive."""
+    if path.is_dir():
+        for folder, subfolders, files in os.walk(path):
+            subfolders.sort()
+            for file in sorted(files):
+                full = Path(folder, file)
+                yield full.relative_to(path).as_posix(), full.read_bytes
+        return
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir():
+                        yield _safe(info.filename, path), functools.partial(archive.read, info)
+            return
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = _safe(member.name, path)
+                if member.isfile():
+                    yield name, functools.partial(_read_member, tar, member)
+                elif not member.isdir():
+                    raise ValueError(f"{path}: {name} is a link or a device; refused")
+            # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros. Reading on to
+            # the end of the file verifies the checksum of a compressed one.
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
+            if tar.fileobj.read(512) != bytes(512):
+                raise ValueError(f"{path} is truncated or damaged: it has no end mark")
+            while tar.fileobj.read(1 << 20):
+                pass
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{path} is truncated, damaged or not an archive: {error}") from error
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    data = file.read()
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name} ends early")
+    return data
+
+
+def _safe(name: str, path: Path) -> str:
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\\" in name or (parts and parts[0].endswith(":")):
+        raise ValueError(f"{path}: the path {name!r} leads out of the archive; the whole archive is refused")
+    return name
+
+
+# ------------------------------------------------------------------------------------------------- checksums and the cache
+
+
+def _verify(path: Path, expected: str) -> None:
+    algorithm, _, digest = expected.partition(":")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else ""
+        if not found:  # Python 3.10
+            found = hashlib.new(algorithm, file.read()).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{path} does not have the published checksum ({algorithm} {digest}, found {found}): it is truncated, damaged "
+            "or another file; delete it and fetch it again"
+        )
+
+
+def _verify_listed(path: Path) -> None:
+    """Check an archive against a SHA256SUMS beside it, where there is one that names it."""
+    sums = path.with_name("SHA256SUMS")
+    if sums.is_file():
+        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+            digest, _, name = line.partition(" ")
+            if name.strip().lstrip("*") == path.name:
+                _verify(path, f"sha256:{digest.lower()}")
+
+
+@functools.lru_cache(maxsize=64)
+def _file_key(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:24]
+
+
+def _key(path: Path) -> str:
+    """What a cached copy is found by: an archive's content; a folder's file names, sizes and times."""
+    path = path.resolve()
+    if path.is_file():
+        status = path.stat()
+        return _file_key(path, status.st_size, status.st_mtime_ns)
+    digest = hashlib.sha256()
+    for folder, subfolders, files in os.walk(path):
+        subfolders.sort()
+        for file in sorted(files):
+            status = os.stat(os.path.join(folder, file))
+            relative = os.path.relpath(os.path.join(folder, file), path)
+            digest.update(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _image_set(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str) -> ImageSet:
+    images, labels = np.ascontiguousarray(images), np.ascontiguousarray(labels.astype(np.int64))
+    digest = hashlib.sha256(json.dumps([list(classes), images.shape]).encode())
+    digest.update(images)  # type: ignore[arg-type]
+    digest.update(labels.astype("<i8"))  # type: ignore[arg-type]
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), classes, source, digest.hexdigest())
+
+
+def _write_cached(path: Path, found: ImageSet) -> None:
+    meta = json.dumps({"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint})
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # no room, or a read-only place: the next reading decodes again
+        temporary.unlink(missing_ok=True)
+
+
+def _read_meta(path: Path) -> dict[str, list[str]] | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(json.loads(str(arrays["meta"])))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None
+
+
+def _read_cached(path: Path) -> ImageSet | None:
+    meta = _read_meta(path)
+    if meta is None:
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = _image_set(arrays["images"], arrays["labels"], tuple(meta["classes"]), str(meta["source"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error):
+        return None
+    return found if found.fingerprint == meta["fingerprint"] else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- digits
+
+
+def _digits(split: str) -> ImageSet:
+    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as arrays:
+        pixels, labels = arrays["images"], arrays["labels"]  # (1797, 8, 8), 0 to 16
+    chosen = slice(0, 1437) if split == "train" else slice(1437, None)
+    grey = np.round(pixels[chosen].astype(np.float32) * (255 / 16)).astype(np.uint8)
+    large = grey.repeat(SIDE // 8, axis=1).repeat(SIDE // 8, axis=2)[:, None]
+    return _image_set(large.repeat(3, axis=1), labels[chosen], tuple("0123456789"), "digits")
+
+
+# ----------------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Normalisation and random changes of training images, for a whole batch on whatever device holds it.
+
+    In the order of the authors' code: flip, black padding and crop, normalisation, then cutout: one square hole of zeros
+    whose centre is uniform over the image, clipped at the border (DeVries and Taylor, 2017).
+
+    Attributes:
+        mean, deviation: of each channel, 0 to 255.
+        flip: whether to mirror images with probability 1/2.
+        pad: pixels of padding before the crop; 0: none.
+        cutout: side of the hole; 0: none.
+    """
+
+    mean: Sequence[float]
+    deviation: Sequence[float]
+    flip: bool = True
+    pad: int = 4
+    cutout: int = 0
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 to float32, mean 0 and deviation 1 a channel over the data set; for evaluation."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        deviation = torch.tensor(self.deviation, device=images.device).view(1, 3, 1, 1)
+        return (images.float() - mean) / deviation
+
+    def draw(self, n: int, seed: int, epoch: int, side: int = SIDE) -> Tensor:
+        """What happens to each of n images in one epoch, (n, 5) int64: flip, crop row and column, hole row and column.
+
+        Depends on seed, epoch and the image's index alone, not on batch size or device.
+        """
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        return torch.stack(
+            [
+                torch.randint(2, (n,), generator=generator),
+                torch.randint(2 * self.pad + 1, (n,), generator=generator),
+                torch.randint(2 * self.pad + 1, (n,), generator=generator),
+                torch.randint(side, (n,), generator=generator),
+                torch.randint(side, (n,), generator=generator),
+            ],
+            dim=1,
+        )
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""
+        n, channels, height, width = images.shape
+        pixels = torch.arange(height, device=images.device)
+        flipped = (draws[:, 0] * self.flip).bool().unsqueeze(1)
+        rows = draws[:, 1:2] + pixels  # (N, H), in the padded image
+        columns = draws[:, 2:3] + pixels
+        # Mirroring the cropped column order is a flip of the padded image with the crop mirrored as well.
+        columns = torch.where(flipped, columns.flip(1), columns)
+        if self.pad:
+            images = F.pad(images, (self.pad,) * 4)
+        batch = torch.arange(n, device=images.device)
+        channel = torch.arange(channels, device=images.device)
+        picked = images[
+            batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]
+        ]
+        out = self.normalise(picked)
+        if self.cutout:
+            out = (
+                out
+                * ~(self._hole(draws[:, 3:4], pixels)[:, :, None] & self._hole(draws[:, 4:5], pixels)[:, None])[:, None]
+            )
+        return out
+
+    def _hole(self, centre: Tensor, pixels: Tensor) -> Tensor:
+        """(N, 1) centres to (N, side) bool: pixels within the hole along one axis."""
+        start = centre - self.cutout // 2
+        return (pixels >= start) & (pixels < start + self.cutout)

@@ -1,0 +1,75 @@
+"""The convolutional networks of the shortest-path task: CNN, and SCNN whose layers share templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sharing import _share, count
+from .blocks import RecurrentBlock, scaled
+
+
+class GridBlock(RecurrentBlock):
+    """3x3 convolution, BatchNorm, ReLU, and a skip around them: (N, C, H, W) to the same shape."""
+
+    layer_names = ("conv",)
+    norm_names = ("norm",)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.kaiming_normal_(self.conv.weight)
+
+    def step(self, x: Tensor, norms: Sequence[nn.Module], scales: Sequence[Tensor | float]) -> Tensor:
+        return x + F.relu(norms[0](scaled(self.conv(x), scales[0])))
+
+
+class GridNet(nn.Module):
+    """A 1x1 convolution from 2 channels, a stack of `GridBlock`, a 1x1 convolution to one logit a pixel.
+
+    (N, 2, H, W) grids (queries, obstacles; bool or floating) of any size to (N, H, W) logits. Made by `gridnet`.
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, width, 1)
+        self.layers = nn.Sequential(*(GridBlock(width) for _ in range(layers)))
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, grids: Tensor) -> Tensor:
+        x = self.stem(grids.to(self.stem.weight.dtype))  # (N, width, H, W)
+        x = self.layers(x)
+        return self.head(x).squeeze(1)  # type: ignore[no-any-return]
+
+
+def gridnet(layers: int = 20, width: int = 32, templates: int | None = None) -> GridNet:
+    """The network of the shortest-path task, (N, 2, H, W) to (N, H, W) logits.
+
+    Layers, width and the skip around each layer are remembered from the paper, not confirmed by the poster.
+
+    Args:
+        layers: number of 3x3 layers.
+        width: channels.
+        templates: k of the one bank, "layers", that all 3x3 layers share (SCNN); None: plain weights (CNN).
+
+    Raises:
+        ValueError: a number below 1, or templates with a single layer.
+        TypeError: sizes that are not whole numbers.
+    """
+    count("layers", layers)
+    count("width", width)
+    if templates is not None:
+        count("templates", templates)
+        if layers < 2:
+            raise ValueError("sharing templates needs at least 2 layers, got 1")
+    model = GridNet(layers, width)
+    if templates is not None:
+
+        def key(name: str, layer: nn.Module) -> str | None:
+            return "layers" if name.startswith("layers.") else None
+
+        _share(model, templates, key, "orthogonal", keep_scale=False)
+    return model
