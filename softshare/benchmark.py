@@ -46,7 +46,8 @@ class LayerwiseMixing(nn.Module):
 def layerwise(model: nn.Module) -> nn.Module:
     """Replace the shared layers of a model, in place, by `LayerwiseMixing` with the same weights."""
     templates = {
-        id(bank): nn.Parameter(bank.shaped(bank.templates.detach()).contiguous().clone()) for bank in banks(model).values()
+        id(bank): nn.Parameter(bank.shaped(bank.templates.detach()).contiguous().clone())
+        for bank in banks(model).values()
     }
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -151,6 +151,7 @@ class FoldPlan:
                     raise ValueError(
                         f"group {group.name!r} has {len(group.scales)} scales for {len(group.layers)} layers"
                     )
+                _check_loops(group)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a fold plan: {error}") from error
         return plan
@@ -211,6 +212,17 @@ def _check_clusters(name: str, clusters: Iterable[Sequence[int]], layers: int) -
     listed = sorted(layer for cluster in clusters for layer in cluster)
     if listed != list(range(1, layers + 1)):
         raise ValueError(f"clusters of group {name!r} must hold each of its layers 1 to {layers} once, got {listed}")
+
+
+def _check_loops(group: GroupPlan) -> None:
+    schedule, free = group.schedule, 1
+    for loop in sorted(group.loops, key=lambda loop: loop.start):
+        first, period = loop.start, loop.length
+        end = first + period * loop.repeats  # the layer after the loop
+        apart = first >= free and period >= 1 and loop.repeats >= 2 and end <= len(schedule) + 1
+        if not apart or schedule[first - 1 : end - 1] != schedule[first - 1 :][:period] * loop.repeats:
+            raise ValueError(f"group {group.name!r} has no {loop.repeats} equal repeats of {period} layers at {first}")
+        free = end
 
 
 def _members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]:
@@ -428,6 +440,7 @@ def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
     plan = plan_or_threshold if isinstance(plan_or_threshold, FoldPlan) else plan_fold(model, plan_or_threshold)
     _check_plan(model, plan)
     folded = copy.deepcopy(model)
+    before = set(folded.modules())
     sources = {name: bank for name, (bank, _) in _members(folded).items()}
     for group in plan.groups:
         if len(group.clusters) == len(group.layers) and not group.rolls_back:
@@ -435,6 +448,8 @@ def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
         weights = _representatives(sources[group.name], group)
         bodies = _loop_blocks(folded, group)
         _tie_layers(folded, sources[group.name], group, weights, bodies)
+    for module in set(folded.modules()) - before:
+        module.training = model.training  # of the new modules alone: a BatchNorm may be held in another mode
     return folded
 
 
@@ -462,9 +477,9 @@ def _representatives(bank: TemplateBank, group: GroupPlan) -> list[Tensor] | Tem
         norm = scales.square().sum()
         rows.append(scales @ coefficients[members] / (norm if norm > 0 else 1.0))
     fitted = torch.stack(rows).to(bank.coefficients.dtype)  # (clusters, k)
-    smaller = TemplateBank(
-        len(rows), bank.num_templates, bank.weight_shape, name=bank.name, device=fitted.device, dtype=fitted.dtype
-    )
+    with torch.device("meta"):  # draws no random numbers
+        smaller = TemplateBank(len(rows), bank.num_templates, bank.weight_shape, name=bank.name, dtype=fitted.dtype)
+    smaller.to_empty(device=fitted.device)
     smaller.channels_last = bank.channels_last
     smaller.coefficients.copy_(fitted)
     smaller.templates.copy_(bank.templates)
@@ -491,7 +506,7 @@ def _loop_blocks(model: nn.Module, group: GroupPlan) -> set[nn.Module]:
             weight = getattr(blocks[0], blocks[0].layer_names[0]).weight
             scales = weight.new_tensor(group.scales[loop.start - 1 :][: loop.length * loop.repeats])
             passes = [blocks[turn * period : (turn + 1) * period] for turn in range(loop.repeats)]
-            looped = Loop(passes, scales.view(loop.repeats, period, width)).train(model.training)
+            looped = Loop(passes, scales.view(loop.repeats, period, width))
             parent, _, name = replaced[0].rpartition(".")
             children = model.get_submodule(parent)._modules
             children[name] = looped
@@ -524,8 +539,8 @@ def _tie_layers(
     if held:
         distinct = DistinctWeights(group.name, weights)
         for index, cluster in enumerate(held):
-            for layer, scale in users[cluster]:
-                draw_weight_from(layer, distinct, distinct.use(index, scale))
+            for user, scale in users[cluster]:
+                draw_weight_from(user, distinct, distinct.use(index, scale))
         users[held[0]][0][0].add_module("bank", distinct)
 
 

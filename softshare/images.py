@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sharing import count
+
 NAMES = ("cifar10", "cifar100", "digits")
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -91,7 +93,7 @@ class ImageSet:
     """One split of a data set.
 
     Attributes:
-        images: (n, 3, 32, 32) uint8.
+        images: (n, 3, 32, 32) uint8; smaller after `shrunk`.
         labels: (n,) int64.
         classes: name of each class.
         source: what the images are, in words: "CIFAR-10", "CIFAR-10 (JPEG)", "digits".
@@ -111,6 +113,25 @@ class ImageSet:
             return known
         pixels = self.images.transpose(0, 1).reshape(3, -1).double()
         return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1.0).tolist())
+
+    def split(self, n: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+        """Two disjoint sets: n images drawn at random, and the rest. Raises ValueError unless 0 < n < all."""
+        if not 0 < n < len(self.labels):
+            raise ValueError(f"n must be above 0 and below the number of images ({len(self.labels)}), got {n}")
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        first, second = (
+            _image_set(self.images[part].numpy(), self.labels[part].numpy(), self.classes, self.source)
+            for part in (order[:n], order[n:])
+        )
+        return first, second
+
+    def shrunk(self, factor: int = 2) -> ImageSet:
+        """The same images, smaller: each pixel the mean of factor x factor pixels, (n, 3, 32 / factor, 32 / factor)."""
+        count("factor", factor)
+        if SIDE % factor:
+            raise ValueError(f"factor must divide {SIDE}, got {factor}")
+        small = F.avg_pool2d(self.images.float(), factor).round().to(torch.uint8)
+        return _image_set(small.numpy(), self.labels.numpy(), self.classes, self.source)
 
 
 def cache_folder() -> Path:

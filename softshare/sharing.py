@@ -238,7 +238,7 @@ def _shared_class(plain: type[nn.Module]) -> type[SharedLayer]:
 
 
 def _empty_layer(plain: type[nn.Module]) -> SharedLayer:
-    shared = _shared_class(plain)
+    shared = _shared_class(plain)  # type: ignore[arg-type]
     return shared.__new__(shared)
 
 
@@ -246,8 +246,8 @@ def draw_weight_from(layer: nn.Module, module: nn.Module, index: int) -> None:
     """From now on `layer.weight` is ``module.mix(index)``; `layer` may be plain or draw from elsewhere already."""
     if not isinstance(layer, SharedLayer):
         del layer._parameters["weight"]
-        layer.__class__ = _shared_class(type(layer))
-    layer.source = (module, index)
+        layer.__class__ = _shared_class(type(layer))  # type: ignore[arg-type]
+    layer.source = (module, index)  # type: ignore[assignment]
 
 
 def give_plain_weight(layer: nn.Module, weight: Tensor) -> None:
@@ -255,7 +255,7 @@ def give_plain_weight(layer: nn.Module, weight: Tensor) -> None:
     assert isinstance(layer, SharedLayer)
     layer._modules.pop("bank", None)
     del layer.source
-    layer.__class__ = layer.plain_class
+    layer.__class__ = layer.plain_class  # type: ignore[assignment]
     others = dict(layer._parameters)
     layer._parameters.clear()  # so that the weight comes first again, as in a layer that never was shared
     layer.register_parameter("weight", nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)))
@@ -329,7 +329,7 @@ def _share(
     for bank, layers in made:
         for index, layer in enumerate(layers):
             draw_weight_from(layer, bank, index)
-        layers[0].add_module("bank", bank)
+        layers[0].add_module("bank", bank.train(layers[0].training))
     return [bank for bank, _ in made]
 
 

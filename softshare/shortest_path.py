@@ -52,7 +52,7 @@ def generate(n: int, size: int = 32, box: int = 9, obstacle_probability: float =
 
     Args:
         n: number of grids.
-        size: side of the grid, at least 2.
+        size: side of the grid, at least 3.
         box: odd side of the box, from 3 to `size`.
         obstacle_probability: at least 0 and below 1.
         seed: any whole number from 0 to 2**63 - 1.
@@ -65,10 +65,12 @@ def generate(n: int, size: int = 32, box: int = 9, obstacle_probability: float =
     count("n", n)
     count("size", size)
     count("box", box)
-    if size < 2:
-        raise ValueError("size must be at least 2, for two queries to fit; got 1")
+    if size < 3:
+        raise ValueError(f"size must be at least 3, the smallest box; got {size}")
     if box % 2 == 0 or not 3 <= box <= size:
         raise ValueError(f"box must be odd, at least 3 and at most size ({size}), got {box}")
+    if isinstance(obstacle_probability, bool) or not isinstance(obstacle_probability, (int, float)):
+        raise TypeError(f"obstacle_probability must be a number, got {obstacle_probability!r}")
     if not 0.0 <= obstacle_probability < 1.0:
         raise ValueError(f"obstacle_probability must be at least 0 and below 1, got {obstacle_probability}")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,9 @@ class SimilarityRecorder:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         names = list(self.coefficients)
-        arrays = {f"coefficients_{i}": np.stack(self.coefficients[name]) for i, name in enumerate(names)}
+        arrays: dict[str, Any] = {
+            f"coefficients_{i}": np.stack(self.coefficients[name]) for i, name in enumerate(names)
+        }
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "wb") as file:
             np.savez_compressed(file, steps=np.array(self.steps), names=np.array(json.dumps(names)), **arrays)

@@ -71,7 +71,7 @@ class Classification:
 
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         if self._drawn is None or self._drawn[0] != (seed, epoch):
-            draws = self.augmentation.draw(self.size, seed, epoch).to(self.images.device)
+            draws = self.augmentation.draw(self.size, seed, epoch, self.images.shape[-1]).to(self.images.device)
             self._drawn = (seed, epoch), draws
         return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
 
@@ -169,7 +169,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here")
+        raise RuntimeError(
+            f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here"
+        )
     return device
 
 

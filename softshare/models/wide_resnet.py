@@ -47,6 +47,10 @@ class WideResNet(nn.Module):
     (N, 3, H, W) images to (N, num_classes) logits. Made by `wrn` and `swrn`.
     """
 
+    stage1: nn.Sequential
+    stage2: nn.Sequential
+    stage3: nn.Sequential
+
     def __init__(self, depth: int, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         blocks = (depth - 4) // 6

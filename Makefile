@@ -1,0 +1,71 @@
+# Everything is installed into .venv, in the versions of constraints.txt. PIP_ARGS is handed to pip as it stands.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+PIP_ARGS ?=
+PROFILE ?= fast
+WORKERS ?= 2
+
+BIN := .venv/bin
+RUN := $(BIN)/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
+NEEDS := pyproject.toml constraints.txt
+LAB_SETTINGS := .venv/share/jupyter/lab/settings
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help book test test-long lab bench reproduce twins lint clean clean-all
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-18s %s\n' "$$a" "$$b"; done
+
+book: .venv/.has-book ## run every chapter in profile fast and render the book to book/_build/html
+	$(RUN) book/build.py all
+
+test: .venv/.has-test ## run the quick tests
+	$(RUN) -m pytest -m "not long" -n $(WORKERS) --dist worksteal
+
+test-long: .venv/.has-test ## run the slower tests: every chapter, the renderer, the trainings
+	$(RUN) -m pytest -m long
+
+lab: .venv/.has-book ## open the chapters in JupyterLab
+	@mkdir -p $(LAB_SETTINGS)
+	@echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook"}}}' > $(LAB_SETTINGS)/overrides.json
+	$(BIN)/jupyter lab --notebook-dir=book
+
+bench: .venv/.has-test ## measure the cost of sharing and the speed of the grid generator, pair by pair
+	$(RUN) -m softshare.benchmark
+
+reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu or paper
+	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)
+
+twins: .venv/.has-book ## write the output-free notebooks for Colab, book/notebooks/*.ipynb, anew
+	$(RUN) book/build.py twins
+
+lint: .venv/.has-dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove what was built; .venv and downloads stay
+	rm -rf book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find softshare tests book -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## remove .venv and downloads too
+	rm -rf .venv data/cache
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11, or name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13: name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.has-book: $(NEEDS) | $(RUN)
+	$(INSTALL) -e ".[book]"
+	@touch $@
+
+.venv/.has-test: $(NEEDS) .venv/.has-book | $(RUN)
+	$(INSTALL) -e ".[book,test]"
+	@touch $@
+
+.venv/.has-dev: $(NEEDS) | $(RUN)
+	$(INSTALL) -e ".[dev]"
+	@touch $@

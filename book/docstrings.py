@@ -1,0 +1,88 @@
+"""Sphinx extension: docstrings written for people become valid reStructuredText, and short names find their target.
+
+Docstrings are plain text with `code` in single backticks, and `help()` shows them as they stand. What reStructuredText
+would read as markup, the stars of ``(L, *shape)``, the bars of ``|cos|``, is escaped here.
+A reference to ``softshare.TemplateBank`` leads to where the class is documented, the module that defines it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+CODE = re.compile(r"(:[\w:+-]+:)?(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\2(?!`)(_{0,2})", re.S)
+EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(?=[^\s*])[^*\n]*?(?<=[^\s*])\1(?![\w*])")
+MARKUP = re.compile(r"\*(?=\S)|\|(?=\S)|(?<=\w)_(?!\w)")
+PARAMETER = re.compile(r"^\s*\*{1,2}\w+.*:")
+
+
+def escape(text: str) -> str:
+    """Escape what is markup by accident in running text without code."""
+    out, last = [], 0
+    for kept in EMPHASIS.finditer(text):
+        out += [MARKUP.sub(r"\\\g<0>", text[last : kept.start()]), kept[0]]
+        last = kept.end()
+    return "".join([*out, MARKUP.sub(r"\\\g<0>", text[last:])])
+
+
+def paragraph(text: str) -> str:
+    out, last = [], 0
+    for code in CODE.finditer(text):
+        out.append(escape(text[last : code.start()]))
+        role, ticks, words, link = code.groups()
+        out.append(code[0] if role or link or len(ticks) == 2 else f"``{words}``")
+        last = code.end()
+    return "".join([*out, escape(text[last:])])
+
+
+def prose(lines: list[str]) -> list[str]:
+    """The lines of a docstring as reStructuredText; literal blocks, directives, examples and tables stay."""
+    out: list[str] = []
+    waiting: list[str] = []
+    verbatim: int | None = None  # the indentation that a literal block or a directive is deeper than
+
+    def flush() -> None:
+        if waiting:
+            out.extend(paragraph("\n".join(waiting)).split("\n"))
+            waiting.clear()
+
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if verbatim is not None and line.strip() and indent <= verbatim:
+            verbatim = None
+        example = line.lstrip().startswith((">>>", "...", "..", "+-", "+=", "==="))
+        if verbatim is not None or example or not line.strip() or PARAMETER.match(line):
+            flush()
+            out.append(line)
+        else:
+            waiting.append(line)
+        if verbatim is None and line.strip() and (line.rstrip().endswith("::") or line.lstrip().startswith(".. ")):
+            verbatim = indent
+    flush()
+    return out
+
+
+def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = prose(lines)
+
+
+def find(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Resolve softshare.NAME to the page of the module that defines it."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("softshare."):
+        return None
+    thing: Any = importlib.import_module("softshare")
+    for part in target.split(".")[1:]:
+        thing = getattr(thing, part, None)
+    home, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if not home or not name or f"{home}.{name}" == target:
+        return None
+    builder, document = app.builder, node.get("refdoc", env.docname)
+    return env.get_domain("py").resolve_xref(env, document, builder, node["reftype"], f"{home}.{name}", node, content)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon reads the sections
+    app.connect("missing-reference", find)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,267 @@
+"""Training runs and their records: what was trained, on what, by whom, and what came out.
+
+A record is one JSON file, ``<recipe>-<profile>-s<seed>-<hash>.json``, with the similarity snapshots in an ``.npz`` of the
+same name beside it. The hash is of what decides the outcome: recipe, its version, profile, seed, configuration and the
+data's fingerprint. Figures and tables are made from records alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .sharing import banks
+from .similarity import SimilarityRecorder
+from .training import Settings, Task, fit, pick_device, pick_precision
+
+PROFILES = ("fast", "gpu", "paper")
+RECIPE_VERSION = 1
+"""Raised only when the meaning of training changes, so that older records are not taken for new ones."""
+
+_FORMAT = "softshare record 1"
+_FIELDS = {
+    "format": str,
+    "recipe": str,
+    "recipe_version": int,
+    "profile": str,
+    "seed": int,
+    "hash": str,
+    "config": dict,
+    "data": dict,
+    "metrics": dict,
+    "history": list,
+    "environment": dict,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run, as it stands in its file.
+
+    Attributes:
+        recipe: what was run, by name.
+        recipe_version: see `RECIPE_VERSION`.
+        profile: "fast", "gpu" or "paper".
+        seed: of the run.
+        hash: of recipe, version, profile, seed, config and data.
+        config: everything that was chosen: model, settings, sizes.
+        data: source in words and fingerprint.
+        metrics: what came out, flat, by name.
+        history: one dict an epoch, from `softshare.training.fit`; [] where nothing was trained.
+        environment: device, versions, git revision (and whether it was dirty), wall time, date.
+        path: of the JSON file.
+    """
+
+    recipe: str
+    recipe_version: int
+    profile: str
+    seed: int
+    hash: str
+    config: dict[str, Any]
+    data: dict[str, str]
+    metrics: dict[str, Any]
+    history: list[dict[str, float]]
+    environment: dict[str, Any]
+    path: Path
+
+    def similarity(self) -> SimilarityRecorder:
+        """The snapshots of coefficients. Raises FileNotFoundError if the run recorded none."""
+        return SimilarityRecorder.load(self.path.with_suffix(".npz"))
+
+
+def runs_folder(runs: str | Path = "", profile: str = "fast") -> Path:
+    """Where records go: the given folder, or by default data/runs of a checkout, ./runs without one.
+
+    Records of profile "fast" go to a subfolder, fast, that git ignores.
+    """
+    if runs:
+        return Path(runs)
+    checkout = Path(__file__).resolve().parent.parent
+    folder = checkout / "data" / "runs" if (checkout / "pyproject.toml").is_file() else Path.cwd() / "runs"
+    return folder / "fast" if profile == "fast" else folder
+
+
+def run_hash(recipe: str, profile: str, seed: int, config: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """Twelve hexadecimal digits of what decides a run's outcome. Package version and git revision do not count."""
+    parts = [recipe, RECIPE_VERSION, profile, seed, config, data]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_record(
+    recipe: str,
+    *,
+    profile: str,
+    seed: int,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    data: Mapping[str, str] | None = None,
+    history: list[dict[str, float]] | None = None,
+    similarity: SimilarityRecorder | None = None,
+    seconds: float = 0.0,
+    device: str = "cpu",
+    runs: str | Path = "",
+) -> Record:
+    """Write a record, by way of a temporary name, and return it. Raises ValueError for an unknown profile."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    data = dict(data or {})
+    digest = run_hash(recipe, profile, seed, config, data)
+    slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
+    path = runs_folder(runs, profile) / f"{slug}-{profile}-s{seed}-{digest}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if similarity is not None and similarity.coefficients:
+        similarity.save(path.with_suffix(".npz"))
+    record = {
+        "format": _FORMAT,
+        "recipe": recipe,
+        "recipe_version": RECIPE_VERSION,
+        "profile": profile,
+        "seed": seed,
+        "hash": digest,
+        "config": dict(config),
+        "data": data,
+        "metrics": dict(metrics),
+        "history": history or [],
+        "environment": environment(device) | {"seconds": round(seconds, 3)},
+    }
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return read_record(path)
+
+
+def read_record(path: str | Path) -> Record:
+    """Read and check a record.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a record, a field missing or of the wrong type, or content that does not fit its hash.
+    """
+    path = Path(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a record: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a record of format {_FORMAT!r}")
+    for name, kind in _FIELDS.items():
+        if not isinstance(fields.get(name), kind):
+            raise ValueError(f"{path}: the field {name!r} is missing or no {kind.__name__}")
+    expected = run_hash(fields["recipe"], fields["profile"], fields["seed"], fields["config"], fields["data"])
+    if fields["recipe_version"] == RECIPE_VERSION and fields["hash"] != expected:
+        raise ValueError(f"{path}: its hash is {fields['hash']}, its content's {expected}; it was changed by hand")
+    return Record(path=path, **{name: fields[name] for name in _FIELDS if name != "format"})
+
+
+def find_records(folder: str | Path, recipe: str | None = None, profile: str | None = None) -> list[Record]:
+    """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder."""
+    records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
+    return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]
+
+
+def train(
+    recipe: str,
+    model: nn.Module,
+    task: Task,
+    settings: Settings,
+    *,
+    profile: str,
+    data: Mapping[str, str],
+    config: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    runs: str | Path = "",
+    progress: bool = True,
+) -> Record:
+    """Train a model in place with `softshare.training.fit` and write the record, similarities of every epoch included.
+
+    Args:
+        recipe: the name of the run, say "SWRN 28-10-2 cutout".
+        model: any network; its number of parameters and its banks are recorded.
+        task, settings, device, progress: see `fit`.
+        profile: "fast", "gpu" or "paper".
+        data: source and fingerprint of the data.
+        config: whatever else decides the outcome.
+        runs: folder for the record, see `runs_folder`.
+    """
+    place = pick_device(device)
+    similarity = SimilarityRecorder()
+    started = time.perf_counter()
+    history = fit(model, task, settings, callbacks=[similarity], device=place, title=recipe, progress=progress)
+    seconds = time.perf_counter() - started
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    groups = {name: [bank.num_layers, bank.num_templates] for name, bank in banks(model).items()}
+    chosen = asdict(settings) | {"milestones": list(settings.milestones)}
+    last = {name: value for name, value in history[-1].items() if name not in ("epoch", "rate", "seconds")}
+    return write_record(
+        recipe,
+        profile=profile,
+        seed=settings.seed,
+        config={
+            "parameters": parameters,
+            "banks": groups,
+            "examples": task.size,
+            "settings": chosen,
+            "autocast": str(pick_precision(settings.precision, place)).removeprefix("torch."),
+            **(config or {}),
+        },
+        metrics=last,
+        data=data,
+        history=history,
+        similarity=similarity,
+        seconds=seconds,
+        device=str(place),
+        runs=runs,
+    )
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where a run took place: device, versions, git revision or None, and the date (UTC)."""
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    )
+    return {
+        "device": device,
+        "hardware": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "softshare": _version(),
+        **_revision(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _revision() -> dict[str, Any]:
+    """The checkout's commit and whether it has uncommitted changes; None where there is no checkout."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / "pyproject.toml").is_file():
+        return {"revision": None, "dirty": None}
+    try:
+        run = ("git", "-C", str(top))
+        revision = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        status = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {"revision": None, "dirty": None}
+    return {"revision": revision.stdout.strip(), "dirty": bool(status.stdout.strip())}

@@ -1,0 +1,190 @@
+"""The book's pictures. A model has the same colour in all of them; the colours are those of Okabe and Ito (2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch import Tensor
+
+from .folding import FoldPlan, GroupPlan
+
+COLOURS = {
+    "WRN": "#0072B2",
+    "SWRN": "#D55E00",
+    "CNN": "#0072B2",
+    "SCNN": "#D55E00",
+    "SCNN with penalty": "#009E73",
+    "SWRN with penalty": "#009E73",
+    "tied by hand": "#CC79A7",
+    "rectangle rule": "#000000",
+    "initialisation": "#7F7F7F",
+}
+"""The colour of each kind of model."""
+
+_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+
+
+def use_style() -> None:
+    """Set matplotlib up for the book: sizes, colours, sharp pictures on white that stay readable on a dark page."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 96,
+            "savefig.dpi": 160,
+            "savefig.facecolor": "white",
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=_CYCLE),
+            "axes.grid": False,
+            "lines.linewidth": 2.0,
+            "legend.frameon": False,
+        }
+    )
+    try:  # sharp inline pictures, where there is a notebook
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    set_matplotlib_formats("retina")
+
+
+def similarity_matrix(
+    matrix: Tensor | np.ndarray, axes: Axes | None = None, title: str = "", numbers: bool = True
+) -> Axes:
+    """Draw a layer similarity matrix (L, L), from 0 (white) to 1 (dark), with its values if there is room."""
+    axes = axes or plt.subplots(figsize=(3.4, 3.4))[1]
+    values = np.asarray(matrix)
+    layers = len(values)
+    axes.imshow(values, vmin=0.0, vmax=1.0, cmap="Blues")
+    ticks = range(layers) if layers <= 12 else range(0, layers, 5)
+    axes.set_xticks(list(ticks), [str(tick + 1) for tick in ticks])
+    axes.set_yticks(list(ticks), [str(tick + 1) for tick in ticks])
+    axes.set(xlabel="layer", ylabel="layer", title=title)
+    if numbers and layers <= 10:
+        for row in range(layers):
+            for column in range(layers):
+                value = values[row, column]
+                axes.text(
+                    column, row, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7,
+                    color="white" if value > 0.6 else "black",
+                )  # fmt: skip
+    return axes
+
+
+def similarity_rows(rows: Mapping[str, Mapping[str, Tensor | np.ndarray]], width: float = 2.6) -> Figure:
+    """One row of matrices a model or moment, one column a group: ``{"at the start": {"stage1": (L, L), ...}, ...}``."""
+    groups = list(next(iter(rows.values())))
+    size = (width * len(groups) + 0.6, width * len(rows) + 0.3)
+    figure, grid = plt.subplots(len(rows), len(groups), figsize=size, squeeze=False)
+    for line, (label, matrices) in zip(grid, rows.items(), strict=True):
+        for axes, group in zip(line, groups, strict=True):
+            similarity_matrix(matrices[group], axes, title=group if axes in grid[0] else "")
+            axes.set(xlabel="", ylabel="")
+        line[0].set_ylabel(f"{label}\n\nlayer")
+    for axes in grid[-1]:
+        axes.set_xlabel("layer")
+    return figure
+
+
+def plan(plan: FoldPlan, height: float = 1.5) -> Figure:
+    """Draw what a fold does: a row a group, a box a layer; boxes of one colour use one weight, frames mark loops."""
+    longest = max(len(group.layers) for group in plan.groups)
+    size = (max(6.0, 0.75 * longest + 1.4), height * len(plan.groups))
+    figure, rows = plt.subplots(len(plan.groups), 1, figsize=size, squeeze=False)
+    for axes, group in zip(rows[:, 0], plan.groups, strict=True):
+        _plan_row(axes, group, longest)
+    return figure
+
+
+def _plan_row(axes: Axes, group: GroupPlan, longest: int) -> None:
+    shared = [cluster for cluster in group.clusters if len(cluster) > 1]
+    colour = {cluster[0]: _CYCLE[index % (len(_CYCLE) - 1)] for index, cluster in enumerate(shared)}
+    for place, source in enumerate(group.schedule):
+        fill = colour.get(source, "#DDDDDD")
+        axes.add_patch(FancyBboxPatch((place + 0.18, 0.2), 0.64, 0.6, "round,pad=0.02", fc=fill, ec="black", lw=0.8))
+        sign = "-" if group.scales[place] < 0 else ""
+        white = fill in ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+        axes.text(place + 0.5, 0.5, f"{sign}{source}", ha="center", va="center", color="white" if white else "black")
+        if place + 1 < len(group.schedule):
+            axes.add_patch(FancyArrowPatch((place + 0.82, 0.5), (place + 1.18, 0.5), arrowstyle="->", mutation_scale=9))
+    for loop in group.loops:
+        start, length = loop.start - 1, loop.length * loop.repeats
+        box = FancyBboxPatch(
+            (start + 0.08, 0.06), length - 0.16, 0.88, "round,pad=0.02", fc="none", ec="black", ls="--"
+        )
+        axes.add_patch(box)
+        axes.text(start + length / 2, 1.02, f"loop x {loop.repeats}", ha="center", va="bottom", fontsize=9)
+    axes.set(xlim=(-0.1, longest + 0.1), ylim=(0, 1.4), aspect="equal")
+    axes.set_title(str(group), loc="left", fontsize=10, family="monospace")
+    axes.axis("off")
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    axes: Axes | None = None,
+    dashed: Sequence[str] = ("rectangle rule", "initialisation"),
+) -> Axes:
+    """Draw lines by name, ``{"SWRN": (x, y), ...}``, each named at its end rather than in a legend."""
+    axes = axes or plt.subplots(figsize=(6.0, 3.4))[1]
+    for name, (x, y) in series.items():
+        style: dict[str, Any] = {"ls": "--", "lw": 1.4} if name in dashed else {}
+        line = axes.plot(x, y, color=COLOURS.get(name), label=name, **style)[0]
+        axes.annotate(
+            name, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=line.get_color()
+        )
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return axes
+
+
+def filters(weight: Tensor, axes: Axes | None = None, count: int = 16, title: str = "") -> Axes:
+    """Draw the first input channel's filters of a convolution's weight (O, I, h, w) as one strip, each scaled alike."""
+    axes = axes or plt.subplots(figsize=(6.0, 0.8))[1]
+    values = weight.detach().float().cpu().numpy()[:count, 0]  # (count, h, w)
+    strip = np.concatenate([np.pad(value, 1, constant_values=np.nan) for value in values], axis=1)
+    limit = float(np.nanmax(np.abs(strip))) or 1.0
+    axes.imshow(strip, cmap="RdBu", vmin=-limit, vmax=limit)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.axis("off")
+    return axes
+
+
+def grid(
+    inputs: Tensor, answer: Tensor | None = None, axes: Axes | None = None, title: str = "", truth: Tensor | None = None
+) -> Axes:
+    """Draw one grid of the shortest-path task: inputs (2, H, W), and an answer (H, W) bool.
+
+    Queries are blue, obstacles dark grey, the answer orange. With `truth` given, missed pixels are hatched orange outlines
+    and wrong ones purple.
+    """
+    axes = axes or plt.subplots(figsize=(3.2, 3.2))[1]
+    queries, obstacles = inputs[0].bool().cpu().numpy(), inputs[1].bool().cpu().numpy()
+    picture = np.ones((*queries.shape, 3))
+    picture[obstacles] = (0.35, 0.35, 0.35)
+    if answer is not None:
+        marked = answer.bool().cpu().numpy()
+        picture[marked] = _rgb("#E69F00")
+        if truth is not None:
+            right = truth.bool().cpu().numpy()
+            picture[marked & ~right] = _rgb("#CC79A7")
+            for row, column in np.argwhere(right & ~marked):
+                axes.add_patch(
+                    plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec="#B36B00", lw=1.0, hatch="///")
+                )
+    picture[queries] = _rgb("#0072B2")
+    axes.imshow(picture, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=10)
+    return axes
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
