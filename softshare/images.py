@@ -7,6 +7,7 @@ byte is parsed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -16,9 +17,10 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +176,7 @@ def load(name: str, split: str, root: str | Path | None = None, download: bool =
     if name in _EDITIONS:
         return _load_cifar(str(name), split, root, download)
     path = Path(name).expanduser()
-    if not path.exists():
+    if not str(name) or not path.exists():
         if path.name == str(name) and not str(name).lower().endswith(_ARCHIVE_SUFFIXES):
             raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}, or the path of an image folder")
         raise FileNotFoundError(f"no image folder or archive at {path}")
@@ -306,20 +308,28 @@ def _decode(path: Path) -> dict[str, ImageSet]:
     suffixes: set[str] = set()
     from tqdm import tqdm
 
-    total = len(_listing(path))
-    for member, read in tqdm(_files(path), f"reading {path.name}", total, unit=" files", delay=2.0, mininterval=1.0):
+    listing = _listing(path)
+    tops = _tops(listing)
+    if len(tops) > 1:
+        raise ValueError(f"{path} holds several image folders: {', '.join(sorted(tops))}; give the path of one of them")
+    bar = tqdm(_files(path), f"reading {path.name}", len(listing), unit=" files", delay=2.0, mininterval=1.0)
+    for member, read in bar:
         place = _place(member)
-        if place is None:
+        if place is None or place[0] not in tops:
             continue
-        split, label, file = place
+        _, split, label, file = place
+        data = read()
         try:
-            with Image.open(io.BytesIO(read())) as image:
-                if image.size != (SIDE, SIDE):
-                    width, height = image.size
-                    raise ValueError(f"{path}: {member} is {width} x {height}, expected {SIDE} x {SIDE} pixels")
-                pixels.setdefault(split, []).append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            if data.startswith(b"\x89PNG"):  # its checksums are not looked at otherwise
+                Image.open(io.BytesIO(data)).verify()
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                decoded = np.asarray(image.convert("RGB")) if (width, height) == (SIDE, SIDE) else None
+        except Exception as error:  # of many kinds, depending on the format
             raise ValueError(f"{path}: {member} is not a readable image: {error}") from error
+        if decoded is None:
+            raise ValueError(f"{path}: {member} is {width} x {height}, expected {SIDE} x {SIDE} pixels")
+        pixels.setdefault(split, []).append(decoded)
         names.setdefault(split, []).append((label, file))
         suffixes.add(PurePosixPath(member).suffix.lower())
     if not names:
@@ -342,24 +352,37 @@ def _title(path: Path, classes: tuple[str, ...], suffixes: set[str]) -> str:
     return "CIFAR-10 (JPEG)" if suffixes & {".jpg", ".jpeg"} else "CIFAR-10 (PNG)"
 
 
-def _place(member: str) -> tuple[str, str, str] | None:
-    """(split, class, file) of an image's path, whose split folder stands at the root or in one wrapping folder."""
+def _place(member: str) -> tuple[str, str, str, str] | None:
+    """(wrapping folder or "", split, class, file) of an image's path; split folders may stand in one wrapping folder."""
     parts = PurePosixPath(member).parts
-    if parts and parts[0] not in SPLITS:
-        parts = parts[1:]
-    if len(parts) != 3 or parts[0] not in SPLITS or parts[2].startswith("."):
+    if parts and parts[0] in SPLITS:
+        parts = ("", *parts)
+    if len(parts) != 4 or parts[1] not in SPLITS or parts[3].startswith("."):
         return None
-    return (parts[0], parts[1], parts[2]) if parts[2].lower().endswith(_IMAGE_SUFFIXES) else None
+    top, split, label, file = parts
+    return (top, split, label, file) if file.lower().endswith(_IMAGE_SUFFIXES) else None
+
+
+def _tops(listing: Iterable[str]) -> set[str]:
+    """The folders in which split folders stand: "" alone where some stand at the root, else the wrapping ones."""
+    tops = {place[0] for member in listing if (place := _place(member))}
+    return {""} if "" in tops else tops
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
     if path.is_dir():  # two levels are enough, and the files themselves need no look
-        tops = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-        folders = [top / split for top in tops for split in SPLITS if (top / split).is_dir()]
+        candidates = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+        found = [top for top in candidates if any((top / split).is_dir() for split in SPLITS)]
+        if len(found) > 1 and found[0] != path:
+            return ()
+        folders = [top / split for top in found[:1] for split in SPLITS if (top / split).is_dir()]
         return tuple(sorted({child.name for folder in folders for child in folder.iterdir() if child.is_dir()}))
     if _cached_any(path):  # decoded before
         return _cached_any(path)
-    return tuple(sorted({place[1] for member in _listing(path) if (place := _place(member))}))
+    listing = _listing(path)
+    tops = _tops(listing)
+    places = [place for member in listing if (place := _place(member)) and place[0] in tops]
+    return tuple(sorted({place[2] for place in places})) if len(tops) == 1 else ()
 
 
 def _listing(path: Path) -> tuple[str, ...]:
@@ -394,15 +417,19 @@ def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if len(archive.infolist()) % 2**16 != _zip_entries(path):  # one damaged length hides the next entry
+                    raise zipfile.BadZipFile("its list of files is damaged")
                 for info in archive.infolist():
                     if not info.is_dir():
-                        yield _safe(info.filename, path), functools.partial(archive.read, info)
+                        name = _safe(info.filename, path)
+                        archive.open(info).close()  # compares the name here with that before the file's bytes
+                        yield name, functools.partial(_read_zipped, path, archive, info)
             return
         with tarfile.open(path) as tar:
             for member in tar:
                 name = _safe(member.name, path)
                 if member.isfile():
-                    yield name, functools.partial(_read_member, tar, member)
+                    yield name, functools.partial(_read_member, path, tar, member)
                 elif not member.isdir():
                     raise ValueError(f"{path}: {name} is a link or a device; refused")
             # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros. Reading on to
@@ -413,17 +440,38 @@ def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                 raise ValueError(f"{path} is truncated or damaged: it has no end mark")
             while tar.fileobj.read(1 << 20):
                 pass
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is truncated, damaged or not an archive: {error}") from error
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None
-    data = file.read()
+# What the standard library raises for damaged archives; RuntimeError for unknown compression and encryption in a zip.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
+
+
+def _read_member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = tar.extractfile(member)
+        data = file.read() if file is not None else b""
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {member.name} is damaged: {error}") from error
     if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} ends early")
+        raise ValueError(f"{path}: {member.name} ends early")
     return data
+
+
+def _read_zipped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(info)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {info.filename} is damaged: {error}") from error
+
+
+def _zip_entries(path: Path) -> int:
+    """How many files, modulo 2**16, a zip archive says that it holds, in its last record."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 22))
+        tail = file.read()
+    return int.from_bytes(tail[tail.rfind(b"PK\5\6") :][10:12], "little")
 
 
 def _safe(name: str, path: Path) -> str:
@@ -503,14 +551,16 @@ def _write_cached(path: Path, found: ImageSet) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:  # no room, or a read-only place: the next reading decodes again
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _read_meta(path: Path) -> dict[str, list[str]] | None:
+def _read_meta(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(json.loads(str(arrays["meta"])))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            meta = json.loads(str(arrays["meta"]))
+            return {key: meta[key] for key in ("classes", "source", "fingerprint")}
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, EOFError):
         return None
 
 

@@ -66,3 +66,14 @@ def as_html(rows: Sequence[Mapping[str, str]], caption: str) -> str:
         f'<table class="docutils">\n<caption>{html.escape(caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
     )
+
+
+def finding(text: str, title: str = "What we measured") -> str:
+    """A box of HTML for numbers that a notebook computed; reads well in the book, in JupyterLab and on Colab.
+
+    Args:
+        text: plain text; paragraphs are separated by empty lines.
+    """
+    paragraphs = "".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in text.strip().split("\n\n"))
+    head = f'<p class="admonition-title"><strong>{html.escape(title)}</strong></p>'
+    return f'<div class="admonition tip">{head}{paragraphs}</div>'

@@ -24,7 +24,20 @@ def run(top: Path, name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def test_templates(top, tmp_path):
-    run(top, "01-templates", tmp_path)
+    (record,) = run(top, "01-templates", tmp_path)
+    found = record["metrics"]
+    # One template a layer, frozen orthogonal coefficients: the plain network under SGD, not under Adam, nor once they learn.
+    assert found["sgd_difference"] < 1e-13
+    assert found["adam_difference"] > 1e-3 and found["learned_difference"] > 1e-3
+    counts = {
+        "wrn_28_10": 36.48, "swrn_28_10": 36.48, "swrn_28_10_2": 17.13, "swrn_28_6_2": 6.18, "swrn_28_14": 71.47,
+        "swrn_28_14_2": 33.54, "swrn_28_18": 118.12, "swrn_28_18_2": 55.41,
+    }  # fmt: skip
+    assert {name: round(found[f"parameters_{name}"], 2) for name in counts} == counts
+    means = {(6, 1): 1.00, (6, 2): 0.59, (6, 4): 0.27, (10, 8): 0.13, (6, 6): 0.0, (20, 20): 0.0}
+    for (layers, k), mean in means.items():
+        assert found[f"initial_mean_{layers}_{k}"] == pytest.approx(mean, abs=0.03), (layers, k)
+    assert found["initial_largest95_6_2"] > 0.98 and found["initial_largest95_10_8"] < 0.85
 
 
 def test_training(top, tmp_path):
@@ -36,4 +49,25 @@ def test_similarity(top, tmp_path):
 
 
 def test_shortest_path(top, tmp_path):
-    run(top, "04-shortest-path", tmp_path)
+    (record,) = run(top, "04-shortest-path", tmp_path)
+    found = record["metrics"]
+    phases = range(1, len(record["config"]["boxes"]) + 1)
+    assert found["search_agreement"] == 1.0
+    for name in ("f1", "exact"):  # the rule falls as the box grows
+        rule = [found[f"rule_phase{phase}_{name}"] for phase in phases]
+        assert rule == sorted(rule, reverse=True)
+    for model in ("cnn", "scnn"):
+        for phase in phases:
+            here = f"phase{phase}"
+            # Better than the rule on all grids, and clearly so on those where the rule fails.
+            assert found[f"{model}_{here}_exact"] > found[f"rule_{here}_exact"] + 0.02, (model, phase)
+            assert found[f"{model}_{here}_hard_f1"] > found[f"rule_{here}_hard_f1"] + 0.02, (model, phase)
+            assert found[f"{model}_{here}_exact"] > found[f"{model}_{here}_before_exact"]
+            if phase > 1:  # a larger box costs exact solutions at first
+                before = found[f"{model}_phase{phase - 1}_exact"]
+                assert found[f"{model}_{here}_before_exact"] < before - 0.02, (model, phase)
+    assert found["scnn_similarity_start"] < 1e-5 < 0.01 < found["scnn_similarity_end"] < 0.6
+    rows = record["history"]
+    assert len(rows) == 2 * len(phases) * (record["config"]["epochs"] + 1)
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("exact", "f1", "hard_f1", "raw_exact", "raw_f1"))
+    assert list((tmp_path / "runs").glob("*.npz")), "no similarity snapshots"

@@ -1,0 +1,259 @@
+"""Layer similarity, its penalty, its values at initialisation, and its recorder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from softshare import (
+    SimilarityRecorder,
+    TemplateBank,
+    banks,
+    layer_similarity,
+    models,
+    recurrence_penalty,
+    share_,
+    similarity_matrices,
+)
+from softshare.similarity import initial_similarity, off_diagonal, weight_similarity
+
+
+def by_loop(rows) -> np.ndarray:
+    """|cos| of all pairs of rows, one at a time."""
+    rows = np.asarray(rows, dtype=float)
+    matrix = np.zeros((len(rows), len(rows)))
+    for i, a in enumerate(rows):
+        for j, b in enumerate(rows):
+            length = np.linalg.norm(a) * np.linalg.norm(b)
+            matrix[i, j] = abs(a @ b) / length if length else 0.0
+    return matrix
+
+
+@given(st.integers(1, 8), st.integers(1, 6), st.floats(-30, 30), st.booleans(), st.integers(0, 2**31))
+def test_similarity_equals_a_double_loop(layers, templates, magnitude, with_zero, seed):
+    torch.manual_seed(seed)
+    a = torch.randn(layers, templates, dtype=torch.double) * 10**magnitude
+    if with_zero:
+        a[seed % layers] = 0.0
+    found = layer_similarity(a)
+    np.testing.assert_allclose(found.numpy(), by_loop(a), atol=1e-12)
+    assert torch.equal(found, found.T) and found.min() >= 0 and found.max() <= 1
+    torch.testing.assert_close(layer_similarity(a.float()).double(), found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_and_lengths_do_not_matter(scale, dtype):
+    row = torch.tensor([1.0, -2.0, 0.5]) * scale
+    found = layer_similarity(torch.stack([row, -4 * row, torch.tensor([2.0, 1.0, 0.0])]).to(dtype))
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
+
+
+def test_a_zero_row_is_like_nothing_and_never_nan():
+    a = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    found = layer_similarity(a)
+    assert (found[0, 1:] == 0).all() and (found[2, :2] == 0).all()
+    assert found[1, 1].item() == pytest.approx(1.0)
+    found.sum().backward()
+    assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(torch.zeros(3), ValueError), (torch.zeros(2, 3, 4), ValueError), ([[1.0]], TypeError), (None, TypeError)],
+)
+def test_coefficients_must_be_a_matrix(value, error):
+    with pytest.raises(error, match="coefficients"):
+        layer_similarity(value)
+
+
+def test_similarity_matrices_of_a_model():
+    model = models.swrn(22, 1, 2)
+    found = similarity_matrices(model)
+    assert list(found) == ["stage1", "stage2", "stage3"]
+    for name, bank in banks(model).items():
+        np.testing.assert_allclose(found[name].numpy(), by_loop(bank.coefficients.detach()), atol=1e-6)
+        assert not found[name].requires_grad
+    assert similarity_matrices(models.wrn(10, 1)) == {}
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (), (2, 3, 1)])
+def test_weight_similarity_equals_cosines_of_mixed_weights(kernel):
+    bank = TemplateBank(5, 3, (4, 6, *kernel))
+    expected = by_loop(bank().flatten(1).detach().double())
+    np.testing.assert_allclose(weight_similarity(bank).numpy(), expected, atol=1e-6)
+    np.fill_diagonal(expected, 0)
+    # Another basis of the same weights: the similarity of the weights stays, that of the coefficients does not.
+    before = layer_similarity(bank.coefficients.detach())
+    basis = torch.randn(3, 3)
+    with torch.no_grad():
+        bank.coefficients.copy_(bank.coefficients @ basis)
+        bank.templates.copy_(torch.linalg.solve(basis, bank.templates))
+    assert (layer_similarity(bank.coefficients.detach()) - before).abs().max() > 0.05
+    np.testing.assert_allclose(weight_similarity(bank).fill_diagonal_(0).numpy(), expected, atol=1e-4)
+
+
+def test_weight_similarity_of_more_templates_than_elements():
+    bank = TemplateBank(4, 5, (3,))
+    np.testing.assert_allclose(weight_similarity(bank).numpy(), by_loop(bank().detach()), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- penalty
+
+
+def test_the_penalty_is_minus_the_sum_over_groups_and_pairs():
+    model = models.swrn(22, 1, 3)
+    expected = -sum(by_loop(bank.coefficients.detach()).sum() for bank in banks(model).values())
+    found = recurrence_penalty(model)
+    assert found.shape == () and found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_of_the_penalty_is_a_finite_difference():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))).double()
+    (bank,) = share_(model, 3).values()
+    recurrence_penalty(model).backward()
+    a, step = bank.coefficients, 1e-6
+    for index in np.ndindex(*a.shape):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                moved = a.clone()
+                moved[index] += sign * step
+            values.append(-by_loop(moved).sum())
+        assert a.grad[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-6)
+    assert bank.templates.grad is None
+
+
+def test_the_penalty_has_a_finite_gradient_at_zero_rows_and_equal_rows():
+    model = models.gridnet(layers=4, width=2, templates=2)
+    (bank,) = banks(model).values()
+    with torch.no_grad():
+        bank.coefficients[0] = 0.0
+        bank.coefficients[1] = bank.coefficients[2]
+    recurrence_penalty(model).backward()
+    assert bank.coefficients.grad.isfinite().all()
+
+
+def test_the_penalty_of_a_model_without_banks_is_zero():
+    assert recurrence_penalty(nn.Linear(2, 2)).item() == 0.0
+    assert recurrence_penalty(nn.ReLU()).item() == 0.0
+
+
+def test_following_the_penalty_makes_layers_alike():
+    model = models.gridnet(layers=6, width=2, templates=4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    before = off_diagonal(similarity_matrices(model))["layers"]
+    for _ in range(150):
+        optimizer.zero_grad()
+        recurrence_penalty(model).backward()
+        optimizer.step()
+    assert off_diagonal(similarity_matrices(model))["layers"] > max(0.9, before)
+
+
+# --------------------------------------------------------------------------------------------------- at initialisation
+
+
+@pytest.mark.parametrize(
+    ("layers", "templates", "expected"),
+    [(6, 1, 1.00), (6, 2, 0.59), (6, 4, 0.27), (10, 8, 0.13), (6, 6, 0.0), (20, 20, 0.0)],
+)
+def test_mean_similarity_at_initialisation(layers, templates, expected):
+    matrices = [layer_similarity(TemplateBank(layers, templates, (1,)).coefficients.detach()) for _ in range(300)]
+    mean = np.mean([off_diagonal({"": matrix})[""] for matrix in matrices])
+    assert mean == pytest.approx(expected, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("layers", "templates", "threshold", "share"),
+    [(6, 2, 0.8, 1.0), (6, 4, 0.8, 0.4), (10, 8, 0.8, 0.01), (20, 5, 0.8, 1.0), (6, 2, 0.95, 0.98)],
+)
+def test_the_largest_similarity_at_initialisation(layers, templates, threshold, share):
+    state = torch.get_rng_state()
+    largest = initial_similarity(layers, templates, draws=1000)
+    assert torch.equal(torch.get_rng_state(), state), "the default generator is left alone"
+    assert largest.shape == (1000,)
+    assert (largest > threshold).float().mean().item() == pytest.approx(share, abs=0.05)
+    assert torch.equal(initial_similarity(layers, templates, draws=5), initial_similarity(layers, templates, draws=5))
+
+
+def test_off_diagonal_is_the_mean_of_pairs():
+    matrix = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]])
+    assert off_diagonal({"a": matrix, "b": torch.ones(1, 1)}) == {"a": pytest.approx(0.5), "b": 0.0}
+
+
+# -------------------------------------------------------------------------------------------------------------- recorder
+
+
+def recorded(steps=(0, 3, 10)):
+    model, recorder, seen = models.swrn(22, 1, 2), SimilarityRecorder(), []
+    for step in steps:
+        recorder.record(model, step)
+        seen.append(similarity_matrices(model))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+    return model, recorder, seen
+
+
+def test_the_recorder_keeps_snapshots():
+    _, recorder, seen = recorded()
+    assert recorder.steps == [0, 3, 10]
+    for name, matrices in recorder.matrices().items():
+        assert matrices.shape == (3, 4, 4)
+        np.testing.assert_allclose(matrices, torch.stack([s[name] for s in seen]).numpy(), atol=1e-6)
+
+
+def test_a_record_is_saved_and_loaded(tmp_path):
+    _, recorder, _ = recorded()
+    path = tmp_path / "new folder" / "record.npz"
+    recorder.save(path)
+    found = SimilarityRecorder.load(path)
+    assert found.steps == recorder.steps and list(found.coefficients) == list(recorder.coefficients)
+    for name, matrices in recorder.matrices().items():
+        np.testing.assert_array_equal(found.matrices()[name], matrices)
+    assert [file.name for file in path.parent.iterdir()] == ["record.npz"]
+    with np.load(path, allow_pickle=False) as arrays:
+        assert len(arrays.files) > 1  # nothing in it needs unpickling
+
+
+def test_odd_group_names_are_kept(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    share_(model, 1, lambda *_: "a/b: ü, [c]")
+    recorder = SimilarityRecorder()
+    recorder.record(model, 0)
+    recorder.save(tmp_path / "r.npz")
+    assert list(SimilarityRecorder.load(tmp_path / "r.npz").coefficients) == ["a/b: ü, [c]"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "other"])
+def test_a_damaged_record_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "record.npz"
+    recorded()[1].save(path)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 3] ^= 0xFF
+    changed = {"cut": data[: len(data) // 2], "flip": data, "empty": b"", "text": b"steps"}
+    if damage == "other":
+        np.savez(path, something=np.arange(3))
+    else:
+        path.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=r"record\.npz"):
+        SimilarityRecorder.load(path)
+
+
+def test_a_missing_record_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        SimilarityRecorder.load(tmp_path / "none.npz")
+
+
+def test_the_recorder_refuses_steps_that_do_not_increase_and_other_models():
+    model, recorder, _ = recorded()
+    with pytest.raises(ValueError, match="10"):
+        recorder.record(model, 10)
+    with pytest.raises(ValueError, match="stage1"):
+        recorder.record(models.gridnet(layers=3, width=2, templates=1), 11)
+    assert recorder.steps == [0, 3, 10]
