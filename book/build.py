@@ -241,7 +241,7 @@ def execute(
     if unknown or not chapters:
         there = ", ".join(book.chapters()) or "none"
         raise BuildError(f"no chapter {', '.join(unknown)} in {book.folder}; there are: {there}")
-    prepare_kernels()
+    prepare_kernels(str(parameters.get("PROFILE", "fast")))
     ran: list[str] = []
     failures: list[str] = []
     begin = time.monotonic()
@@ -274,9 +274,14 @@ def execute(
 
 
 @cache
-def prepare_kernels() -> None:
-    """What every kernel shall find: this environment first, an absolute data folder, a ready font cache."""
+def prepare_kernels(profile: str = "fast") -> None:
+    """What every kernel shall find: this environment first, an absolute data folder, a ready font cache, few threads."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # The networks of profile fast are so small that a second thread costs more than it gives, above all where other
+    # programs want the processor too and threads spin while they wait for each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if profile == "fast":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if data_folder() is not None:
         os.environ["SOFTSHARE_DATA"] = str(data_folder())
     # matplotlib's first import may say that it builds its font cache: not in somebody's chapter.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -172,7 +173,7 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
         ValueError: a threshold outside (0, 1], a model without shared layers.
         TypeError: a threshold that is not a number.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if isinstance(threshold, bool) or not isinstance(threshold, numbers.Real):
         raise TypeError(f"threshold must be a number, got {threshold!r} ({type(threshold).__name__})")
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
@@ -477,14 +478,8 @@ def _representatives(bank: TemplateBank, group: GroupPlan) -> list[Tensor] | Tem
         norm = scales.square().sum()
         rows.append(scales @ coefficients[members] / (norm if norm > 0 else 1.0))
     fitted = torch.stack(rows).to(bank.coefficients.dtype)  # (clusters, k)
-    with torch.device("meta"):  # draws no random numbers
-        smaller = TemplateBank(len(rows), bank.num_templates, bank.weight_shape, name=bank.name, dtype=fitted.dtype)
-    smaller.to_empty(device=fitted.device)
-    smaller.channels_last = bank.channels_last
-    smaller.coefficients.copy_(fitted)
-    smaller.templates.copy_(bank.templates)
-    for parameter, old in ((smaller.templates, bank.templates), (smaller.coefficients, bank.coefficients)):
-        parameter.requires_grad_(old.requires_grad)
+    smaller = copy.deepcopy(bank)
+    smaller.coefficients = nn.Parameter(fitted, requires_grad=bank.coefficients.requires_grad)
     if group.rolls_back:
         return [smaller.mix(row).detach().clone(memory_format=torch.contiguous_format) for row in range(len(rows))]
     return smaller

@@ -224,10 +224,17 @@ def _find(place: Path, edition: _Edition) -> tuple[str, Path] | None:
             path for path in place.iterdir() if path.is_file() and path.name.lower().endswith(_ARCHIVE_SUFFIXES)
         ]
         official = {other.archive for other in _EDITIONS.values()}
-        folders = [path for path in place.iterdir() if path.is_dir()]
-        for path in [place, *sorted(folders), *sorted(path for path in archives if path.name not in official)]:
-            if _class_names(path) == CIFAR10_CLASSES:
-                return "folder", path
+        archives = [path for path in archives if path.name not in official]
+        archives.sort(key=lambda path: ("cifar" not in path.name.lower(), path.name))  # the likely ones first
+        refused: ValueError | None = None
+        for path in [place, *sorted(path for path in place.iterdir() if path.is_dir()), *archives]:
+            try:
+                if _class_names(path) == CIFAR10_CLASSES:
+                    return "folder", path
+            except ValueError as error:  # perhaps nothing of ours: it counts only if nothing better is found
+                refused = refused or error
+        if refused:
+            raise refused
     return None
 
 

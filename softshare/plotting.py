@@ -93,7 +93,7 @@ def similarity_rows(rows: Mapping[str, Mapping[str, Tensor | np.ndarray]], width
     return figure
 
 
-def plan(plan: FoldPlan, height: float = 1.5) -> Figure:
+def plan(plan: FoldPlan, height: float = 1.25) -> Figure:
     """Draw what a fold does: a row a group, a box a layer; boxes of one colour use one weight, frames mark loops."""
     longest = max(len(group.layers) for group in plan.groups)
     size = (max(6.0, 0.75 * longest + 1.4), height * len(plan.groups))
@@ -133,15 +133,13 @@ def curves(
     axes: Axes | None = None,
     dashed: Sequence[str] = ("rectangle rule", "initialisation"),
 ) -> Axes:
-    """Draw lines by name, ``{"SWRN": (x, y), ...}``, each named at its end rather than in a legend."""
+    """Draw lines by name, ``{"SWRN": (x, y), ...}``, with a legend where it hides least."""
     axes = axes or plt.subplots(figsize=(6.0, 3.4))[1]
     for name, (x, y) in series.items():
         style: dict[str, Any] = {"ls": "--", "lw": 1.4} if name in dashed else {}
-        line = axes.plot(x, y, color=COLOURS.get(name), label=name, **style)[0]
-        axes.annotate(
-            name, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center", color=line.get_color()
-        )
+        axes.plot(x, y, color=COLOURS.get(name), label=name, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="best")
     return axes
 
 
@@ -182,6 +180,7 @@ def grid(
     picture[queries] = _rgb("#0072B2")
     axes.imshow(picture, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(True)  # the frame is the edge of the grid
     axes.set_title(title, fontsize=10)
     return axes
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -30,8 +31,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def count(name: str, value: Any) -> int:
     """Return `value` if it is a positive whole number, else raise TypeError or ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's whole numbers count
         raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
+    value = int(value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -276,6 +278,7 @@ def share_(
     model registers them. ``layer.weight`` is the mixed weight wherever it is read; assigning it raises AttributeError.
 
     Templates are scaled so that the mixed weights of a group keep the mean square of the weights that they replace.
+    A bank is a child module of its group's first layer, so that no container executes it: do not cut that layer off.
     Layers that are frozen, lazy, parametrized or normalised by a hook, or whose weight another module also holds, are
     left alone and named in one warning.
 
@@ -389,6 +392,8 @@ def _reason_against(layer: nn.Module, holders: Counter[int]) -> str | None:
         return "normalised or pruned by a hook"
     if not weight.requires_grad:
         return "frozen"
+    if hasattr(layer, "bank"):
+        return "it has an attribute named bank already"
     if holders[id(weight)] > 1:
         return "another module holds the same weight"
     return None

@@ -1,0 +1,158 @@
+"""Records: complete, found again, refused when changed; the tables that are made from them; the processor check."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import softshare
+from softshare import experiments, images, models, processor, report
+from softshare.training import Classification, Settings
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    train, test = (images.load("digits", split).shrunk(4) for split in ("train", "test"))
+    task = Classification(train.split(64)[0], test.split(32)[0])
+    data = {"source": train.source, "fingerprint": train.fingerprint}
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    model = models.swrn(16, 1)
+    settings = Settings(epochs=2, batch_size=32)
+    return experiments.train(
+        "SWRN 16-1*", model, task, settings, profile="fast", data=data, runs=folder, progress=False, device="cpu"
+    ), model
+
+
+def test_a_record_says_what_was_run(record):
+    found, model = record
+    assert found.path.name == f"swrn-16-1-dropout-fast-s0-{found.hash}.json"
+    assert found.config["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found.config["banks"] == {"stage1": [2, 2], "stage2": [2, 2], "stage3": [2, 2]}
+    assert found.config["settings"]["epochs"] == 2 and len(found.history) == 2
+    assert found.metrics["held_out_accuracy"] == found.history[-1]["held_out_accuracy"]
+    for name in ("device", "hardware", "torch", "numpy", "python", "softshare", "revision", "dirty", "seconds", "date"):
+        assert name in found.environment
+    assert found.environment["seconds"] > 0
+    assert experiments.read_record(found.path) == found
+    assert experiments.find_records(found.path.parent, "SWRN 16-1*", "fast") == [found]
+    assert experiments.find_records(found.path.parent, "WRN 16-1") == []
+    assert not list(found.path.parent.glob("*.part"))
+
+
+def test_similarities_come_with_the_record(record):
+    found, model = record
+    last = found.similarity().matrices()["stage2"][-1]
+    np.testing.assert_allclose(last, softshare.similarity_matrices(model)["stage2"].cpu(), atol=1e-6)
+    assert found.similarity().steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields["config"].update(epochs=3), "changed by hand"),
+        (lambda fields: fields.update(seed=1), "changed by hand"),
+        (lambda fields: fields.pop("metrics"), "'metrics' is missing"),
+        (lambda fields: fields.update(history={}), "'history' is missing or no list"),
+        (lambda fields: fields.update(format="other"), "not a record of format"),
+    ],
+)
+def test_a_changed_record_is_refused(record, tmp_path, change, message):
+    fields = json.loads(record[0].path.read_text())
+    change(fields)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        experiments.read_record(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="changed.json is not a record"):
+        experiments.read_record(path)
+
+
+def test_the_hash_is_of_what_decides_the_outcome():
+    base = ("a", "fast", 0, {"x": 1, "y": 2}, {"fingerprint": "f"})
+    same = experiments.run_hash("a", "fast", 0, {"y": 2, "x": 1}, {"fingerprint": "f"})
+    assert experiments.run_hash(*base) == same
+    for place, other in enumerate(("b", "gpu", 1, {"x": 2}, {"fingerprint": "g"})):
+        changed = [*base[:place], other, *base[place + 1 :]]
+        assert experiments.run_hash(*changed) != same  # type: ignore[arg-type]
+
+
+def test_an_unknown_profile_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fast, gpu, paper"):
+        experiments.write_record("x", profile="huge", seed=0, config={}, metrics={}, runs=tmp_path)
+
+
+def test_tables_hold_the_posters_figures():
+    cifar = {row["model"]: row for row in report.paper_table("cifar")}
+    assert cifar["SWRN 28-10-2*"]["cifar10_error"] == "3.75" and cifar["SWRN 28-18*"]["cifar100_error"] == "17.43"
+    assert len(cifar) == 11 and len(report.paper_table("imagenet")) == 4 and len(report.paper_table("search")) == 12
+    assert all(row["source"].startswith("poster") for name in report.TABLES for row in report.paper_table(name))
+    with pytest.raises(ValueError, match="cifar, imagenet, search"):
+        report.paper_table("mnist")
+
+
+def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
+    def run(profile, seed, error, source="CIFAR-10 (JPEG)"):
+        experiments.write_record(
+            "SWRN 28-10-2",
+            profile=profile,
+            seed=seed,
+            config={},
+            metrics={"error": error},
+            data={"source": source},
+            runs=tmp_path,
+        )
+
+    def cell():
+        return report.measured(experiments.find_records(tmp_path), "SWRN 28-10-2", "error", "CIFAR-10")
+
+    run("fast", 0, 60.0)
+    run("gpu", 0, 6.0)
+    run("paper", 0, 17.0, "CIFAR-100")
+    assert cell() == "not run"
+    run("paper", 0, 3.0)
+    assert cell() == "3.00 (1 run, paper, CIFAR-10 (JPEG))"
+    run("paper", 1, 4.0)
+    assert cell() == "3.50 ± 0.71 (2 runs, paper, CIFAR-10 (JPEG))"
+
+
+def test_html_is_escaped():
+    assert "<b>" not in report.as_html([{"a<b>": "<b>x"}], "<b>") + report.finding("<b>")
+
+
+def test_the_processor_check_keeps_a_given_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert processor.avoid_crashing_units(tmp_path) is False
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2" and not list(tmp_path.iterdir())
+
+
+def test_bfloat16_products_survive_after_the_import():
+    """The crash that the check is for kills the interpreter, so it is looked for in another one."""
+    code = "import softshare, torch; torch.ones(128, 256).bfloat16() @ torch.ones(256, 256).bfloat16()"
+    clean = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    assert subprocess.run([sys.executable, "-c", code], env=clean, timeout=120).returncode == 0
+
+
+def test_the_core_needs_torch_numpy_and_matplotlib_alone():
+    """Everything else is imported where it is used."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tqdm", "pooch", "safetensors", "IPython", "ipywidgets", "sklearn"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import softshare, softshare.training, softshare.experiments, softshare.plotting, softshare.report, softshare.benchmark
+softshare.images.load("digits", "train")
+softshare.fold(softshare.models.swrn(16, 1), 0.5)
+softshare.shortest_path.generate(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
