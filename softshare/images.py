@@ -8,16 +8,13 @@ byte is parsed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
-import lzma
 import os
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .archives import ARCHIVE_SUFFIXES, content_key, list_files, read_files, verify, verify_listed
+from .augmentation import Augmentation as Augmentation
 from .sharing import count
 
 NAMES = ("cifar10", "cifar100", "digits")
@@ -41,7 +40,6 @@ STATISTICS = {
 """Mean and standard deviation of each channel, on the scale 0 to 255, as in the authors' code."""
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
-_ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
 _CACHED_FROM = 2000  # images; fewer are read again faster than a copy is found
 
 
@@ -177,13 +175,10 @@ def load(name: str, split: str, root: str | Path | None = None, download: bool =
         return _load_cifar(str(name), split, root, download)
     path = Path(name).expanduser()
     if not str(name) or not path.exists():
-        if path.name == str(name) and not str(name).lower().endswith(_ARCHIVE_SUFFIXES):
+        if path.name == str(name) and not str(name).lower().endswith(ARCHIVE_SUFFIXES):
             raise ValueError(f"unknown data set {name!r}; known: {', '.join(NAMES)}, or the path of an image folder")
         raise FileNotFoundError(f"no image folder or archive at {path}")
     return _load_folder(path, split)
-
-
-# ---------------------------------------------------------------------------------------------------------------- CIFAR
 
 
 def _load_cifar(name: str, split: str, root: str | Path | None, download: bool) -> ImageSet:
@@ -220,9 +215,7 @@ def _find(place: Path, edition: _Edition) -> tuple[str, Path] | None:
         if path.exists():
             return "binary", path
     if edition.title == "CIFAR-10":
-        archives = [
-            path for path in place.iterdir() if path.is_file() and path.name.lower().endswith(_ARCHIVE_SUFFIXES)
-        ]
+        archives = [path for path in place.iterdir() if path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES)]
         official = {other.archive for other in _EDITIONS.values()}
         archives = [path for path in archives if path.name not in official]
         archives.sort(key=lambda path: ("cifar" not in path.name.lower(), path.name))  # the likely ones first
@@ -257,10 +250,10 @@ def _download(edition: _Edition) -> Path:
 
 def _load_binary(path: Path, edition: _Edition, split: str) -> ImageSet:
     if path.is_file():
-        _verify(path, edition.hash)
+        verify(path, edition.hash)
     wanted = [edition.class_file, *(file for file, _ in edition.files[split])]
     contents: dict[str, bytes] = {}
-    for member, read in _files(path):
+    for member, read in read_files(path):
         if PurePosixPath(member).name in wanted:
             contents[PurePosixPath(member).name] = read()
     if missing := [file for file in wanted if file not in contents]:
@@ -285,16 +278,13 @@ def _load_binary(path: Path, edition: _Edition, split: str) -> ImageSet:
     return _image_set(np.concatenate(images), np.concatenate(labels), classes, edition.title)
 
 
-# -------------------------------------------------------------------------------------------- folders and archives of one
-
-
 def _load_folder(path: Path, split: str) -> ImageSet:
-    key = _key(path)
+    key = content_key(path)
     cached = cache_folder() / f"images-{key}-{split}.npz"
     if (kept := _read_cached(cached)) is not None:
         return kept
     if path.is_file():
-        _verify_listed(path)
+        verify_listed(path)
     splits = _decode(path)
     if split not in splits:
         raise ValueError(
@@ -315,11 +305,11 @@ def _decode(path: Path) -> dict[str, ImageSet]:
     suffixes: set[str] = set()
     from tqdm import tqdm
 
-    listing = _listing(path)
+    listing = list_files(path)
     tops = _tops(listing)
     if len(tops) > 1:
         raise ValueError(f"{path} holds several image folders: {', '.join(sorted(tops))}; give the path of one of them")
-    bar = tqdm(_files(path), f"reading {path.name}", len(listing), unit=" files", delay=2.0, mininterval=1.0)
+    bar = tqdm(read_files(path), f"reading {path.name}", len(listing), unit=" files", delay=2.0, mininterval=1.0)
     for member, read in bar:
         place = _place(member)
         if place is None or place[0] not in tops:
@@ -386,157 +376,17 @@ def _class_names(path: Path) -> tuple[str, ...]:
         return tuple(sorted({child.name for folder in folders for child in folder.iterdir() if child.is_dir()}))
     if _cached_any(path):  # decoded before
         return _cached_any(path)
-    listing = _listing(path)
+    listing = list_files(path)
     tops = _tops(listing)
     places = [place for member in listing if (place := _place(member)) and place[0] in tops]
     return tuple(sorted({place[2] for place in places})) if len(tops) == 1 else ()
 
 
-def _listing(path: Path) -> tuple[str, ...]:
-    """The names of all files; lists an archive to its end, and so checks it, before anything in it is used."""
-    if path.is_dir():
-        return tuple(member for member, _ in _files(path))
-    status = path.stat()
-    return _listed(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4)
-def _listed(path: Path, size: int, changed: int) -> tuple[str, ...]:
-    return tuple(member for member, _ in _files(path))
-
-
 def _cached_any(path: Path) -> tuple[str, ...]:
     for split in SPLITS:
-        if (kept := _read_meta(cache_folder() / f"images-{_key(path)}-{split}.npz")) is not None:
+        if (kept := _read_meta(cache_folder() / f"images-{content_key(path)}-{split}.npz")) is not None:
             return tuple(kept["classes"])
     return ()
-
-
-def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names and readers of all files in a folder or archive. Raises ValueError for a damaged or unsafe archive."""
-    if path.is_dir():
-        for folder, subfolders, files in os.walk(path):
-            subfolders.sort()
-            for file in sorted(files):
-                full = Path(folder, file)
-                yield full.relative_to(path).as_posix(), full.read_bytes
-        return
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if len(archive.infolist()) % 2**16 != _zip_entries(path):  # one damaged length hides the next entry
-                    raise zipfile.BadZipFile("its list of files is damaged")
-                for info in archive.infolist():
-                    if not info.is_dir():
-                        name = _safe(info.filename, path)
-                        archive.open(info).close()  # compares the name here with that before the file's bytes
-                        yield name, functools.partial(_read_zipped, path, archive, info)
-            return
-        with tarfile.open(path) as tar:
-            for member in tar:
-                name = _safe(member.name, path)
-                if member.isfile():
-                    yield name, functools.partial(_read_member, path, tar, member)
-                elif not member.isdir():
-                    raise ValueError(f"{path}: {name} is a link or a device; refused")
-            # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros. Reading on to
-            # the end of the file verifies the checksum of a compressed one.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)  # type: ignore[attr-defined]
-            if tar.fileobj.read(512) != bytes(512):
-                raise ValueError(f"{path} is truncated or damaged: it has no end mark")
-            while tar.fileobj.read(1 << 20):
-                pass
-    except _DAMAGE as error:
-        raise ValueError(f"{path} is truncated, damaged or not an archive: {error}") from error
-
-
-# What the standard library raises for damaged archives; RuntimeError for unknown compression and encryption in a zip.
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
-
-
-def _read_member(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    try:
-        file = tar.extractfile(member)
-        data = file.read() if file is not None else b""
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: {member.name} is damaged: {error}") from error
-    if len(data) != member.size:
-        raise ValueError(f"{path}: {member.name} ends early")
-    return data
-
-
-def _read_zipped(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    try:
-        return archive.read(info)
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: {info.filename} is damaged: {error}") from error
-
-
-def _zip_entries(path: Path) -> int:
-    """How many files, modulo 2**16, a zip archive says that it holds, in its last record."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**16 - 22))
-        tail = file.read()
-    return int.from_bytes(tail[tail.rfind(b"PK\5\6") :][10:12], "little")
-
-
-def _safe(name: str, path: Path) -> str:
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or "\\" in name or (parts and parts[0].endswith(":")):
-        raise ValueError(f"{path}: the path {name!r} leads out of the archive; the whole archive is refused")
-    return name
-
-
-# ------------------------------------------------------------------------------------------------- checksums and the cache
-
-
-def _verify(path: Path, expected: str) -> None:
-    algorithm, _, digest = expected.partition(":")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest() if hasattr(hashlib, "file_digest") else ""
-        if not found:  # Python 3.10
-            found = hashlib.new(algorithm, file.read()).hexdigest()
-    if found != digest:
-        raise ValueError(
-            f"{path} does not have the published checksum ({algorithm} {digest}, found {found}): it is truncated, damaged "
-            "or another file; delete it and fetch it again"
-        )
-
-
-def _verify_listed(path: Path) -> None:
-    """Check an archive against a SHA256SUMS beside it, where there is one that names it."""
-    sums = path.with_name("SHA256SUMS")
-    if sums.is_file():
-        for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-            digest, _, name = line.partition(" ")
-            if name.strip().lstrip("*") == path.name:
-                _verify(path, f"sha256:{digest.lower()}")
-
-
-@functools.lru_cache(maxsize=64)
-def _file_key(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:24]
-
-
-def _key(path: Path) -> str:
-    """What a cached copy is found by: an archive's content; a folder's file names, sizes and times."""
-    path = path.resolve()
-    if path.is_file():
-        status = path.stat()
-        return _file_key(path, status.st_size, status.st_mtime_ns)
-    digest = hashlib.sha256()
-    for folder, subfolders, files in os.walk(path):
-        subfolders.sort()
-        for file in sorted(files):
-            status = os.stat(os.path.join(folder, file))
-            relative = os.path.relpath(os.path.join(folder, file), path)
-            digest.update(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24]
 
 
 def _image_set(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str) -> ImageSet:
@@ -583,9 +433,6 @@ def _read_cached(path: Path) -> ImageSet | None:
     return found if found.fingerprint == meta["fingerprint"] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- digits
-
-
 def _digits(split: str) -> ImageSet:
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as arrays:
         pixels, labels = arrays["images"], arrays["labels"]  # (1797, 8, 8), 0 to 16
@@ -593,79 +440,3 @@ def _digits(split: str) -> ImageSet:
     grey = np.round(pixels[chosen].astype(np.float32) * (255 / 16)).astype(np.uint8)
     large = grey.repeat(SIDE // 8, axis=1).repeat(SIDE // 8, axis=2)[:, None]
     return _image_set(large.repeat(3, axis=1), labels[chosen], tuple("0123456789"), "digits")
-
-
-# ----------------------------------------------------------------------------------------------------------- augmentation
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Normalisation and random changes of training images, for a whole batch on whatever device holds it.
-
-    In the order of the authors' code: flip, black padding and crop, normalisation, then cutout: one square hole of zeros
-    whose centre is uniform over the image, clipped at the border (DeVries and Taylor, 2017).
-
-    Attributes:
-        mean, deviation: of each channel, 0 to 255.
-        flip: whether to mirror images with probability 1/2.
-        pad: pixels of padding before the crop; 0: none.
-        cutout: side of the hole; 0: none.
-    """
-
-    mean: Sequence[float]
-    deviation: Sequence[float]
-    flip: bool = True
-    pad: int = 4
-    cutout: int = 0
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 to float32, mean 0 and deviation 1 a channel over the data set; for evaluation."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        deviation = torch.tensor(self.deviation, device=images.device).view(1, 3, 1, 1)
-        return (images.float() - mean) / deviation
-
-    def draw(self, n: int, seed: int, epoch: int, side: int = SIDE) -> Tensor:
-        """What happens to each of n images in one epoch, (n, 5) int64: flip, crop row and column, hole row and column.
-
-        Depends on seed, epoch and the image's index alone, not on batch size or device.
-        """
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        return torch.stack(
-            [
-                torch.randint(2, (n,), generator=generator),
-                torch.randint(2 * self.pad + 1, (n,), generator=generator),
-                torch.randint(2 * self.pad + 1, (n,), generator=generator),
-                torch.randint(side, (n,), generator=generator),
-                torch.randint(side, (n,), generator=generator),
-            ],
-            dim=1,
-        )
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""
-        n, channels, height, width = images.shape
-        pixels = torch.arange(height, device=images.device)
-        flipped = (draws[:, 0] * self.flip).bool().unsqueeze(1)
-        rows = draws[:, 1:2] + pixels  # (N, H), in the padded image
-        columns = draws[:, 2:3] + pixels
-        # Mirroring the cropped column order is a flip of the padded image with the crop mirrored as well.
-        columns = torch.where(flipped, columns.flip(1), columns)
-        if self.pad:
-            images = F.pad(images, (self.pad,) * 4)
-        batch = torch.arange(n, device=images.device)
-        channel = torch.arange(channels, device=images.device)
-        picked = images[
-            batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]
-        ]
-        out = self.normalise(picked)
-        if self.cutout:
-            out = (
-                out
-                * ~(self._hole(draws[:, 3:4], pixels)[:, :, None] & self._hole(draws[:, 4:5], pixels)[:, None])[:, None]
-            )
-        return out
-
-    def _hole(self, centre: Tensor, pixels: Tensor) -> Tensor:
-        """(N, 1) centres to (N, side) bool: pixels within the hole along one axis."""
-        start = centre - self.cutout // 2
-        return (pixels >= start) & (pixels < start + self.cutout)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .images import Augmentation, ImageSet
+from .augmentation import Augmentation
+from .images import ImageSet
 from .processor import bfloat16_pays
 from .sharing import count, decay_groups
 from .shortest_path import Grids, scores

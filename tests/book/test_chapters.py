@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from build import Book, prepare_kernels, run_chapter
+
+import softshare
 
 pytestmark = pytest.mark.long
 
@@ -41,11 +44,40 @@ def test_templates(top, tmp_path):
 
 
 def test_training(top, tmp_path):
-    run(top, "02-training", tmp_path)
+    records = {record["recipe"]: record for record in run(top, "02-training", tmp_path)}
+    found = records["chapter 2"]["metrics"]
+    assert found["plain_parameters"] == sum(p.numel() for p in softshare.models.build("WRN 22-1").parameters())
+    assert found["shared_parameters"] == sum(p.numel() for p in softshare.models.build("SWRN 22-1-2").parameters())
+    for kind in ("plain", "shared"):
+        assert found[f"{kind}_accuracy"] > 2.5 * found["chance_accuracy"]
+        assert found[f"{kind}_last_loss"] < 0.8 * found[f"{kind}_first_loss"]
+    assert abs(found["plain_accuracy"] - found["shared_accuracy"]) < 15
+    for recipe in ("WRN 22-1", "SWRN 22-1-2"):
+        assert records[recipe]["config"]["settings"]["seed"] == 0 and records[recipe]["data"]["fingerprint"]
+    if os.environ.get("SOFTSHARE_DATA"):
+        assert records["chapter 2"]["data"]["source"].startswith("CIFAR-10")
 
 
 def test_similarity(top, tmp_path):
-    run(top, "03-similarity", tmp_path)
+    records = {record["recipe"]: record for record in run(top, "03-similarity", tmp_path)}
+    found = records["chapter 3"]["metrics"]
+    assert found["plain_distinct_at_09"] == found["layers"] == 18  # unregularised, nothing folds
+    assert found["penalised_distinct_at_09"] < 18
+    assert found["initial_95"] < 0.01 < found["plain_largest_similarity"] < 0.9 <= found["penalised_largest_similarity"]
+    assert found["by_hand_plan"].split("\n")[1] == "stage2: 1 -> 2 -> (3 -> 4) x 4"
+    assert found["by_hand_difference"] < 1e-5
+    # The bank of 8 templates and 10 rows goes; two loop weights, two others and the loop's 8 scales come. The untied
+    # groups have more layers than templates and keep their banks.
+    weight = 32 * 32 * 9
+    assert found["by_hand_parameters_saved"] == 8 * (weight + 10) - 4 * weight
+
+
+def test_results(top, tmp_path):
+    (record,) = run(top, "results", tmp_path)
+    found = record["metrics"]
+    assert found["records"] == 0 and found["cells_measured"] == 0  # an empty folder fills no cell
+    assert found["cells_not_run"] > 25
+    assert found["largest_parameter_gap"] < 1  # the poster's numbers are rounded, some of them down
 
 
 def test_shortest_path(top, tmp_path):
