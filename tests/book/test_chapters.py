@@ -98,6 +98,10 @@ def test_shortest_path(top, tmp_path):
             if phase > 1:  # a larger box costs exact solutions at first
                 before = found[f"{model}_phase{phase - 1}_exact"]
                 assert found[f"{model}_{here}_before_exact"] < before - 0.02, (model, phase)
+    # Learned search carries to larger grids, but not to larger boxes.
+    for model in ("cnn", "scnn"):
+        assert found[f"{model}_size48_box9_exact"] > found["rule_size48_box9_exact"] + 0.05
+        assert found[f"{model}_size48_box21_hard_f1"] < found["rule_size48_box21_hard_f1"] - 0.1
     assert found["scnn_similarity_start"] < 1e-5 < 0.01 < found["scnn_similarity_end"] < 0.6
     rows = record["history"]
     assert len(rows) == 2 * len(phases) * (record["config"]["epochs"] + 1)
