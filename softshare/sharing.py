@@ -379,7 +379,8 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 def _label(layer: nn.Module) -> str:
     shape = "x".join(str(size) for size in layer.weight.shape)  # type: ignore[union-attr, misc]
     groups = getattr(layer, "groups", 1)
-    return f"{type(layer).__name__} {shape}" + (f" groups={groups}" if groups != 1 else "")
+    kind = type(layer).__name__.removeprefix("NonDynamicallyQuantizable")  # PyTorch's name for attention's own layers
+    return f"{kind} {shape}" + (f" groups={groups}" if groups != 1 else "")
 
 
 def _reason_against(layer: nn.Module, holders: Counter[int]) -> str | None:
