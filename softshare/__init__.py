@@ -1,6 +1,9 @@
 """softshare: convolutional networks whose layers share parameters softly, and fold into loops.
 
 A reproduction of "Learning Implicitly Recurrent CNNs Through Parameter Sharing" (Savarese and Maire, ICLR 2019).
+
+On CPUs that announce Intel's AMX, the first import after a start of the machine tries these units in a process of its own
+and may set ONEDNN_MAX_CPU_ISA; see `softshare.processor`.
 """
 
 from . import images, models, processor, shortest_path

@@ -116,8 +116,7 @@ def write_record(
     runs: str | Path = "",
 ) -> Record:
     """Write a record, by way of a temporary name, and return it. Raises ValueError for an unknown profile."""
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    _check_profile(profile)
     data = dict(data or {})
     digest = run_hash(recipe, profile, seed, config, data)
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
@@ -144,6 +143,11 @@ def write_record(
     return read_record(path)
 
 
+def _check_profile(profile: str) -> None:
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+
+
 def read_record(path: str | Path) -> Record:
     """Read and check a record.
 
@@ -168,7 +172,12 @@ def read_record(path: str | Path) -> Record:
 
 
 def find_records(folder: str | Path, recipe: str | None = None, profile: str | None = None) -> list[Record]:
-    """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder."""
+    """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder.
+
+    Raises ValueError for an unknown profile, or a file that is no record (see `read_record`).
+    """
+    if profile is not None:
+        _check_profile(profile)
     records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
     return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]
 
@@ -197,27 +206,29 @@ def train(
         config: whatever else decides the outcome.
         runs: folder for the record, see `runs_folder`.
     """
+    _check_profile(profile)
     place = pick_device(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    groups = {name: [bank.num_layers, bank.num_templates] for name, bank in banks(model).items()}
+    chosen = {
+        "parameters": parameters,
+        "banks": groups,
+        "examples": task.size,
+        "settings": asdict(settings) | {"milestones": list(settings.milestones)},
+        "autocast": str(pick_precision(settings.precision, place)).removeprefix("torch."),
+        **(config or {}),
+    }
+    run_hash(recipe, profile, settings.seed, chosen, data)  # what cannot be written fails here, not after the training
     similarity = SimilarityRecorder()
     started = time.perf_counter()
     history = fit(model, task, settings, callbacks=[similarity], device=place, title=recipe, progress=progress)
     seconds = time.perf_counter() - started
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    groups = {name: [bank.num_layers, bank.num_templates] for name, bank in banks(model).items()}
-    chosen = asdict(settings) | {"milestones": list(settings.milestones)}
     last = {name: value for name, value in history[-1].items() if name not in ("epoch", "rate", "seconds")}
     return write_record(
         recipe,
         profile=profile,
         seed=settings.seed,
-        config={
-            "parameters": parameters,
-            "banks": groups,
-            "examples": task.size,
-            "settings": chosen,
-            "autocast": str(pick_precision(settings.precision, place)).removeprefix("torch."),
-            **(config or {}),
-        },
+        config=chosen,
         metrics=last,
         data=data,
         history=history,

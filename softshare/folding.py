@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .models.blocks import RecurrentBlock
-from .sharing import TemplateBank, banks, draw_weight_from, give_plain_weight, shared_layers
-from .similarity import layer_similarity
+from .sharing import TemplateBank, banks, count, draw_weight_from, give_plain_weight, shared_layers
+from .similarity import in_double, layer_similarity
 
 # Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.
-_ROUNDING = 1e-9
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,28 @@ class GroupPlan:
     clusters: tuple[tuple[int, ...], ...]
     scales: tuple[float, ...]
     loops: tuple[LoopPlan, ...]
+
+    def __post_init__(self) -> None:
+        layers = len(self.layers)
+        clusters = [
+            tuple(count(f"a layer of group {self.name!r}", layer) for layer in cluster) for cluster in self.clusters
+        ]
+        if sorted(sum(clusters, ())) != list(range(1, layers + 1)) or () in clusters:
+            raise ValueError(
+                f"clusters of group {self.name!r} must hold each of its layers 1 to {layers} once, got {self.clusters}"
+            )
+        if clusters != sorted(tuple(sorted(cluster)) for cluster in clusters):
+            raise ValueError(f"clusters of group {self.name!r} must be ascending, got {self.clusters}")
+        if len(self.scales) != layers or not all(math.isfinite(scale) for scale in self.scales):
+            raise ValueError(f"group {self.name!r} needs {layers} finite scales, one a layer, got {self.scales}")
+        schedule, free = self.schedule, 1
+        for loop in sorted(self.loops, key=lambda loop: loop.start):
+            first, period, repeats = loop.start, loop.length, loop.repeats
+            end = first + period * repeats  # the layer after the loop
+            apart = first >= free and period >= 1 and repeats >= 2 and end <= layers + 1
+            if not apart or schedule[first - 1 : end - 1] != schedule[first - 1 :][:period] * repeats:
+                raise ValueError(f"group {self.name!r} has no {repeats} equal repeats of {period} layers at {first}")
+            free = end
 
     @property
     def schedule(self) -> tuple[int, ...]:
@@ -92,6 +114,10 @@ class FoldPlan:
     threshold: float | None
     groups: tuple[GroupPlan, ...]
 
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must be above 0 and at most 1, or None, got {self.threshold}")
+
     @property
     def clusters(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         return {group.name: group.clusters for group in self.groups}
@@ -127,35 +153,27 @@ class FoldPlan:
 
     @classmethod
     def from_json(cls, text: str) -> FoldPlan:
-        """Read a plan. Raises ValueError if the text is not one."""
+        """Read a plan. Raises ValueError if the text is not one, TypeError for anything but text."""
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"a plan is read from JSON text, got {type(text).__name__}")
         try:
             data = json.loads(text)
-            if data.pop("format") != "softshare fold plan 1":
-                raise ValueError("unknown format")
+            if not isinstance(data, dict) or data.get("format") != "softshare fold plan 1":
+                raise ValueError('the text lacks "format": "softshare fold plan 1"')
             groups = tuple(
                 GroupPlan(
                     name=str(group["name"]),
                     layers=tuple(map(str, group["layers"])),
                     templates=int(group["templates"]),
-                    clusters=tuple(tuple(map(int, cluster)) for cluster in group["clusters"]),
+                    clusters=tuple(tuple(cluster) for cluster in group["clusters"]),
                     scales=tuple(map(float, group["scales"])),
-                    loops=tuple(
-                        LoopPlan(**{key: int(value) for key, value in loop.items()}) for loop in group["loops"]
-                    ),
+                    loops=tuple(LoopPlan(**loop) for loop in group["loops"]),
                 )
                 for group in data["groups"]
             )
-            plan = cls(None if data["threshold"] is None else float(data["threshold"]), groups)
-            for group in plan.groups:
-                _check_clusters(group.name, group.clusters, len(group.layers))
-                if len(group.scales) != len(group.layers):
-                    raise ValueError(
-                        f"group {group.name!r} has {len(group.scales)} scales for {len(group.layers)} layers"
-                    )
-                _check_loops(group)
+            return cls(None if data["threshold"] is None else float(data["threshold"]), groups)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a fold plan: {error}") from error
-        return plan
 
 
 def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
@@ -178,12 +196,13 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
     if not 0.0 < threshold <= 1.0:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
     plans = []
+    _require_values(model)
     for name, (bank, members) in _members(model).items():
         if not bank.coefficients.isfinite().all():
             raise ValueError(
                 f"the coefficients of group {name!r} are not finite, so nothing can be said of their angles"
             )
-        similarity = layer_similarity(bank.coefficients.detach().double()).cpu()
+        similarity = layer_similarity(in_double(bank.coefficients)).cpu()
         clusters = complete_linkage(similarity, threshold)
         plans.append(_group_plan(model, name, bank, members, clusters))
     return FoldPlan(float(threshold), tuple(plans))
@@ -197,33 +216,27 @@ def tie(model: nn.Module, clusters: Mapping[str, Iterable[Sequence[int]]]) -> Fo
     Raises ValueError for an unknown group, a layer out of range or in two clusters.
     """
     members = _members(model)
+    _require_values(model)
     if unknown := set(clusters) - set(members):
         raise ValueError(f"unknown groups {sorted(unknown)}; this model has {list(members)}")
     plans = []
     for name, (bank, layers) in members.items():
-        given = [tuple(sorted(cluster)) for cluster in clusters.get(name, ())]
-        rest = set(range(1, bank.num_layers + 1)).difference(*given)
-        full = tuple(sorted([*given, *((layer,) for layer in rest)]))
-        _check_clusters(name, full, bank.num_layers)
+        given = [tuple(cluster) for cluster in clusters.get(name, ())]
+        named = [count(f"a layer of group {name!r}", layer) for cluster in given for layer in cluster]
+        if () in given or len(set(named)) < len(named) or max(named, default=1) > bank.num_layers:
+            raise ValueError(
+                f"clusters of group {name!r} must name layers from 1 to {bank.num_layers}, each at most once and at least "
+                f"one a cluster, got {given}"
+            )
+        rest = set(range(1, bank.num_layers + 1)).difference(named)
+        full = tuple(sorted([*(tuple(sorted(cluster)) for cluster in given), *((layer,) for layer in rest)]))
         plans.append(_group_plan(model, name, bank, layers, full))
     return FoldPlan(None, tuple(plans))
 
 
-def _check_clusters(name: str, clusters: Iterable[Sequence[int]], layers: int) -> None:
-    listed = sorted(layer for cluster in clusters for layer in cluster)
-    if listed != list(range(1, layers + 1)):
-        raise ValueError(f"clusters of group {name!r} must hold each of its layers 1 to {layers} once, got {listed}")
-
-
-def _check_loops(group: GroupPlan) -> None:
-    schedule, free = group.schedule, 1
-    for loop in sorted(group.loops, key=lambda loop: loop.start):
-        first, period = loop.start, loop.length
-        end = first + period * loop.repeats  # the layer after the loop
-        apart = first >= free and period >= 1 and loop.repeats >= 2 and end <= len(schedule) + 1
-        if not apart or schedule[first - 1 : end - 1] != schedule[first - 1 :][:period] * loop.repeats:
-            raise ValueError(f"group {group.name!r} has no {loop.repeats} equal repeats of {period} layers at {first}")
-        free = end
+def _require_values(model: nn.Module) -> None:
+    if any(bank.coefficients.is_meta for bank in banks(model).values()):
+        raise ValueError("the coefficients hold no values (meta device): load the model's weights, or use a saved plan")
 
 
 def _members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]:
@@ -279,9 +292,9 @@ def _scales(bank: TemplateBank, clusters: Iterable[Sequence[int]]) -> tuple[floa
     All in the k coordinates of the templates, with their Gram matrix as the inner product. The representative is given
     the root mean square length of its members and the sign of the first one.
     """
-    templates = bank.templates.detach().double()
+    templates = in_double(bank.templates)
     gram = templates @ templates.T  # (k, k)
-    coefficients = bank.coefficients.detach().double()  # (L, k)
+    coefficients = in_double(bank.coefficients)  # (L, k)
     scales = [1.0] * bank.num_layers
     for cluster in clusters:
         if len(cluster) == 1:
@@ -470,19 +483,23 @@ def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
 
 def _representatives(bank: TemplateBank, group: GroupPlan) -> list[Tensor] | TemplateBank:
     """One weight for each cluster: plain tensors where the group rolls back, else a smaller bank."""
-    coefficients = bank.coefficients.detach().double()
+    coefficients = in_double(bank.coefficients)
     rows = []
     for cluster in group.clusters:
         members = [layer - 1 for layer in cluster]
-        scales = coefficients.new_tensor([group.scales[member] for member in members])
-        norm = scales.square().sum()
-        rows.append(scales @ coefficients[members] / (norm if norm > 0 else 1.0))
-    fitted = torch.stack(rows).to(bank.coefficients.dtype)  # (clusters, k)
+        scales = [group.scales[member] for member in members]
+        norm = sum(scale * scale for scale in scales) or 1.0
+        rows.append(coefficients.new_tensor(scales) @ coefficients[members] / norm)
+    fitted = torch.stack(rows).to(bank.coefficients)  # (clusters, k)
     smaller = copy.deepcopy(bank)
     smaller.coefficients = nn.Parameter(fitted, requires_grad=bank.coefficients.requires_grad)
     if group.rolls_back:
         return [smaller.mix(row).detach().clone(memory_format=torch.contiguous_format) for row in range(len(rows))]
     return smaller
+
+
+def _learns(bank: TemplateBank) -> bool:
+    return bank.templates.requires_grad or bank.coefficients.requires_grad
 
 
 def _loop_blocks(model: nn.Module, group: GroupPlan) -> set[nn.Module]:
@@ -529,10 +546,12 @@ def _tie_layers(
         held = [cluster for cluster in sorted(users) if len(users[cluster]) > 1]
         alone = [cluster for cluster in users if len(users[cluster]) == 1]
         for cluster in alone:
-            give_plain_weight(users[cluster][0][0], weights[cluster])
+            give_plain_weight(users[cluster][0][0], weights[cluster], _learns(bank))
         weights = [weights[cluster] for cluster in held]
     if held:
         distinct = DistinctWeights(group.name, weights)
+        if not _learns(bank):
+            distinct.requires_grad_(False)
         for index, cluster in enumerate(held):
             for user, scale in users[cluster]:
                 draw_weight_from(user, distinct, distinct.use(index, scale))

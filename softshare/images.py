@@ -116,7 +116,7 @@ class ImageSet:
 
     def split(self, n: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         """Two disjoint sets: n images drawn at random, and the rest. Raises ValueError unless 0 < n < all."""
-        if not 0 < n < len(self.labels):
+        if not 0 < count("n", n) < len(self.labels):
             raise ValueError(f"n must be above 0 and below the number of images ({len(self.labels)}), got {n}")
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
         first, second = (
@@ -126,10 +126,11 @@ class ImageSet:
         return first, second
 
     def shrunk(self, factor: int = 2) -> ImageSet:
-        """The same images, smaller: each pixel the mean of factor x factor pixels, (n, 3, 32 / factor, 32 / factor)."""
+        """The same images, smaller: each pixel the mean of factor x factor pixels, (n, 3, H / factor, W / factor)."""
         count("factor", factor)
-        if SIDE % factor:
-            raise ValueError(f"factor must divide {SIDE}, got {factor}")
+        side = self.images.shape[-1]
+        if side % factor:
+            raise ValueError(f"factor must divide the side of the images, {side}, got {factor}")
         small = F.avg_pool2d(self.images.float(), factor).round().to(torch.uint8)
         return _image_set(small.numpy(), self.labels.numpy(), self.classes, self.source)
 
@@ -208,7 +209,15 @@ def _load_cifar(name: str, split: str, root: str | Path | None, download: bool) 
 def _find(place: Path, edition: _Edition) -> tuple[str, Path] | None:
     """The first copy of a CIFAR edition at a place: ("binary" or "folder", path)."""
     if place.is_file():
-        return ("binary", place) if place.name == edition.archive else ("folder", place)
+        if place.name == edition.archive:
+            return "binary", place
+        if edition.title == "CIFAR-10" and _class_names(place) != CIFAR10_CLASSES:
+            found = ", ".join(_class_names(place)[:12]) or "none"
+            raise ValueError(
+                f"{place} does not hold the ten classes of {edition.title} (found: {found}); to load it as it is, give its "
+                "path as the name"
+            )
+        return ("folder", place) if edition.title == "CIFAR-10" else None
     if not place.is_dir():
         return None
     for path in (place if place.name == edition.folder else place / edition.folder, place / edition.archive):
@@ -302,7 +311,7 @@ def _decode(path: Path) -> dict[str, ImageSet]:
 
     pixels: dict[str, list[np.ndarray]] = {}
     names: dict[str, list[tuple[str, str]]] = {}
-    suffixes: set[str] = set()
+    formats: set[str | None] = set()
     from tqdm import tqdm
 
     listing = list_files(path)
@@ -320,7 +329,7 @@ def _decode(path: Path) -> dict[str, ImageSet]:
             if data.startswith(b"\x89PNG"):  # its checksums are not looked at otherwise
                 Image.open(io.BytesIO(data)).verify()
             with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
+                (width, height), kind = image.size, image.format
                 decoded = np.asarray(image.convert("RGB")) if (width, height) == (SIDE, SIDE) else None
         except Exception as error:  # of many kinds, depending on the format
             raise ValueError(f"{path}: {member} is not a readable image: {error}") from error
@@ -328,7 +337,7 @@ def _decode(path: Path) -> dict[str, ImageSet]:
             raise ValueError(f"{path}: {member} is {width} x {height}, expected {SIDE} x {SIDE} pixels")
         pixels.setdefault(split, []).append(decoded)
         names.setdefault(split, []).append((label, file))
-        suffixes.add(PurePosixPath(member).suffix.lower())
+        formats.add(kind)
     if not names:
         raise ValueError(f"{path} holds no images as train/<class>/<file> or test/<class>/<file>")
     classes = tuple(sorted({label for files in names.values() for label, _ in files}))
@@ -339,14 +348,14 @@ def _decode(path: Path) -> dict[str, ImageSet]:
         order = sorted(range(len(files)), key=files.__getitem__)
         images = np.stack(pixels[split])[order].transpose(0, 3, 1, 2)
         labels = np.array([classes.index(files[index][0]) for index in order])
-        found[split] = _image_set(np.ascontiguousarray(images), labels, classes, _title(path, classes, suffixes))
+        found[split] = _image_set(np.ascontiguousarray(images), labels, classes, _title(path, classes, formats))
     return found
 
 
-def _title(path: Path, classes: tuple[str, ...], suffixes: set[str]) -> str:
+def _title(path: Path, classes: tuple[str, ...], formats: set[str | None]) -> str:
     if classes != CIFAR10_CLASSES:
         return path.name
-    return "CIFAR-10 (JPEG)" if suffixes & {".jpg", ".jpeg"} else "CIFAR-10 (PNG)"
+    return "CIFAR-10 (JPEG)" if "JPEG" in formats else "CIFAR-10 (PNG)"
 
 
 def _place(member: str) -> tuple[str, str, str, str] | None:

@@ -60,7 +60,7 @@ def similarity_matrix(
 ) -> Axes:
     """Draw a layer similarity matrix (L, L), from 0 (white) to 1 (dark), with its values if there is room."""
     axes = axes or plt.subplots(figsize=(3.4, 3.4))[1]
-    values = np.asarray(matrix)
+    values = matrix.detach().float().cpu().numpy() if isinstance(matrix, Tensor) else np.asarray(matrix)
     layers = len(values)
     axes.imshow(values, vmin=0.0, vmax=1.0, cmap="Blues")
     ticks = range(layers) if layers <= 12 else range(0, layers, 5)

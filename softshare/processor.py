@@ -8,6 +8,7 @@ one dies, oneDNN is told to use AVX-512 instead, before its first use.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -35,14 +36,19 @@ def avoid_crashing_units(cache: Path) -> bool:
         if " amx_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
             return False
         start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        outcome = cache / f"amx-{hashlib.sha256(f'{start} {torch.__version__}'.encode()).hexdigest()[:16]}.txt"
-        if not outcome.exists():
-            died = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, timeout=120).returncode
-            outcome.parent.mkdir(parents=True, exist_ok=True)
-            outcome.write_text("crashes\n" if died == -signal.SIGILL else "works\n", encoding="utf-8")
-        crashes = outcome.read_text(encoding="utf-8").startswith("crashes")
+        kept = cache / f"amx-{hashlib.sha256(f'{start} {torch.__version__}'.encode()).hexdigest()[:16]}.txt"
+        outcome = ""
+        with contextlib.suppress(OSError):
+            outcome = kept.read_text(encoding="utf-8").strip()
+        if outcome not in ("crashes", "works"):
+            status = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, timeout=120).returncode
+            outcome = "crashes" if status == -signal.SIGILL else "works"
+            with contextlib.suppress(OSError):  # a read-only place: the next process tries again
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(outcome + "\n", encoding="utf-8")
     except (OSError, subprocess.TimeoutExpired):
         return False  # nothing is known: leave everything as it is
+    crashes = outcome == "crashes"
     if crashes:
         os.environ[_VARIABLE] = _WITHOUT_AMX
     return crashes

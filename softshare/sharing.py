@@ -9,6 +9,7 @@ Letters: L layers in a group, k templates, d elements of one layer's weight.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import numbers
@@ -39,6 +40,11 @@ def count(name: str, value: Any) -> int:
     return value
 
 
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, a torch.nn.Module, got {type(model).__name__}")
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which a device's autocast, if it has one, is off; the meta device has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -66,7 +72,8 @@ def initial_coefficients(num_layers: int, num_templates: int, init: str = "ortho
         )
     if init == "identity":
         return torch.eye(num_layers)
-    coefficients = torch.empty(num_layers, num_templates)
+    exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    coefficients = torch.empty(num_layers, num_templates, dtype=exact)
     if init == "orthogonal":
         return nn.init.orthogonal_(coefficients)
     coefficients.normal_()
@@ -128,14 +135,22 @@ class TemplateBank(nn.Module):
         if len(self.weight_shape) == 0 or min(self.weight_shape) < 1:
             raise ValueError(f"weight_shape must have at least one dimension, each at least 1, got {weight_shape!r}")
         self.name = name
+        self.init = init
         self.channels_last = False
         size = self.weight_shape.numel()
+        self.templates = nn.Parameter(torch.empty(num_templates, size, device=device, dtype=dtype))
+        self.coefficients = nn.Parameter(torch.empty(num_layers, num_templates, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw templates and coefficients anew, as a fresh bank does."""
+        size = self.weight_shape.numel()
         fan_in = size // self.weight_shape[0] if len(self.weight_shape) > 1 else size
-        # Drawn in the default dtype and then converted: QR does not exist in half precision.
-        coefficients = initial_coefficients(num_layers, num_templates, init)
-        templates = torch.randn(num_templates, size) * math.sqrt(2.0 / fan_in)
-        self.templates = nn.Parameter(templates.to(device=device, dtype=dtype))
-        self.coefficients = nn.Parameter(coefficients.to(device=device, dtype=dtype))
+        # Drawn in full precision and then converted: QR does not exist in half precision.
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.coefficients.copy_(initial_coefficients(self.num_layers, self.num_templates, self.init))
+        self.templates.copy_(torch.randn(self.num_templates, size, dtype=exact) * math.sqrt(2.0 / fan_in))
 
     @property
     def num_layers(self) -> int:
@@ -216,9 +231,15 @@ class SharedLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def reset_parameters(self) -> None:
+        """Draw the whole bank anew: a shared layer has no weight of its own to reset. Its bias stays as it is."""
+        self.source[0].reset_parameters()
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time; copies and pickles make it again from the plain one.
-        return _empty_layer, (self.plain_class,), self.__dict__
+        custom: Any = getattr(self.plain_class, "__getstate__", None)
+        usual = custom is None or custom is getattr(object, "__getstate__", None)
+        return _empty_layer, (self.plain_class,), self.__dict__ if usual else custom(self)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(_DATA_PARALLEL)
@@ -236,7 +257,7 @@ _DATA_PARALLEL = (
 
 @functools.cache
 def _shared_class(plain: type[nn.Module]) -> type[SharedLayer]:
-    return type(f"Shared{plain.__name__}", (SharedLayer, plain), {"plain_class": plain, "__module__": __name__})
+    return type(f"Shared{plain.__name__}", (SharedLayer, plain), {"plain_class": plain, "__module__": plain.__module__})
 
 
 def _empty_layer(plain: type[nn.Module]) -> SharedLayer:
@@ -252,15 +273,16 @@ def draw_weight_from(layer: nn.Module, module: nn.Module, index: int) -> None:
     layer.source = (module, index)  # type: ignore[assignment]
 
 
-def give_plain_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Turn a shared layer back into one of its plain class that holds a copy of `weight` as its parameter."""
+def give_plain_weight(layer: nn.Module, weight: Tensor, learns: bool) -> None:
+    """Turn a shared layer back into one of its plain class that holds a copy of `weight`, contiguous, as its parameter."""
     assert isinstance(layer, SharedLayer)
     layer._modules.pop("bank", None)
     del layer.source
     layer.__class__ = layer.plain_class  # type: ignore[assignment]
     others = dict(layer._parameters)
     layer._parameters.clear()  # so that the weight comes first again, as in a layer that never was shared
-    layer.register_parameter("weight", nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)))
+    plain = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=learns)
+    layer.register_parameter("weight", plain)
     layer._parameters.update(others)
 
 
@@ -279,6 +301,8 @@ def share_(
 
     Templates are scaled so that the mixed weights of a group keep the mean square of the weights that they replace.
     A bank is a child module of its group's first layer, so that no container executes it: do not cut that layer off.
+    Changing a shared weight's data in place (``nn.init`` on it, ``weight.data``) changes a mixture that is thrown away;
+    change the bank.
     Layers that are frozen, lazy, parametrized or normalised by a hook, or whose weight another module also holds, are
     left alone and named in one warning.
 
@@ -310,9 +334,10 @@ def _share(
     init: str,
     keep_scale: bool,
 ) -> list[TemplateBank]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"share_ works on a torch.nn.Module, got {type(model).__name__}")
+    _require_module(model)
     count("templates", templates)
+    if select is not None and not callable(select):
+        raise TypeError(f"select must be a function of a layer's name and module, got {select!r}")
     if init not in (*COEFFICIENT_INITS, "svd"):
         raise ValueError(f"unknown init {init!r}; known: {', '.join(COEFFICIENT_INITS)}, svd")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
@@ -332,8 +357,15 @@ def _share(
     for bank, layers in made:
         for index, layer in enumerate(layers):
             draw_weight_from(layer, bank, index)
-        layers[0].add_module("bank", bank.train(layers[0].training))
+        owner = _owner(model, layers)
+        owner.add_module("bank", bank.train(owner.training))
     return [bank for bank, _ in made]
+
+
+def _owner(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+    """The layer that registers the bank: the first that stands in one place, so that the state dict holds it once."""
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return next((layer for layer in layers if places[id(layer)] == 1), layers[0])
 
 
 def _groups(
@@ -351,6 +383,8 @@ def _groups(
             key = select(name, layer)
             if key is None:
                 continue
+            if not isinstance(key, Hashable):
+                raise TypeError(f"select must return something hashable, such as a string, got {key!r} for {name!r}")
         if reason := _reason_against(layer, holders):
             left_alone[name or type(layer).__name__] = reason
             continue
@@ -443,6 +477,7 @@ def banks(model: nn.Module) -> dict[str, TemplateBank]:
 
     A name that occurs twice is numbered: "stage1", "stage1 (2)".
     """
+    _require_module(model)
     found: dict[str, TemplateBank] = {}
     for module in model.modules():
         if isinstance(module, TemplateBank):
@@ -456,6 +491,7 @@ def banks(model: nn.Module) -> dict[str, TemplateBank]:
 
 def shared_layers(model: nn.Module) -> Iterator[tuple[str, SharedLayer]]:
     """Names and modules of all layers whose weight is made when it is read, in registration order."""
+    _require_module(model)
     for name, module in model.named_modules():
         if isinstance(module, SharedLayer):
             yield name, module
@@ -469,8 +505,15 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Raises ValueError for a negative `weight_decay`.
     """
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    present = set(model.modules()) if isinstance(model, nn.Module) else set()
+    for name, layer in shared_layers(model):
+        if layer.source[0] not in present:
+            raise ValueError(
+                f"the layer {name!r} draws its weight from a bank that is not part of this model, so the bank would not be "
+                "trained; it belongs to the first layer of its group, which was cut off or replaced"
+            )
     coefficients = {id(bank.coefficients) for bank in banks(model).values()}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in coefficients]
     undecayed = [parameter for parameter in model.parameters() if id(parameter) in coefficients]
@@ -478,17 +521,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-@torch.no_grad()
 def unshare(model: nn.Module) -> nn.Module:
     """A copy of the model in which every layer holds its own plain weight; same outputs, the original is untouched.
 
     An unshared SWRN has the state dict of the WRN of its size. Use it to export a model, or to save it for code that
     does not know softshare. On a model without shared layers it is a plain copy.
     """
-    import copy
-
+    _require_module(model)
     model = copy.deepcopy(model)
-    layers = [layer for _, layer in shared_layers(model)]
-    for layer, weight in [(layer, layer.weight) for layer in layers]:  # all weights are read before any bank goes
-        give_plain_weight(layer, weight)
+    with torch.enable_grad():  # so that a mixed weight tells whether it learns
+        weights = [(layer, layer.weight) for _, layer in shared_layers(model)]  # all are read before any bank goes
+    for layer, weight in weights:
+        give_plain_weight(layer, weight, weight.requires_grad)
     return model

@@ -10,6 +10,7 @@ Letters: N grids of H x W pixels (H = W = size).
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -69,12 +70,13 @@ def generate(n: int, size: int = 32, box: int = 9, obstacle_probability: float =
         raise ValueError(f"size must be at least 3, the smallest box; got {size}")
     if box % 2 == 0 or not 3 <= box <= size:
         raise ValueError(f"box must be odd, at least 3 and at most size ({size}), got {box}")
-    if isinstance(obstacle_probability, bool) or not isinstance(obstacle_probability, (int, float)):
+    if isinstance(obstacle_probability, bool) or not isinstance(obstacle_probability, numbers.Real):
         raise TypeError(f"obstacle_probability must be a number, got {obstacle_probability!r}")
     if not 0.0 <= obstacle_probability < 1.0:
         raise ValueError(f"obstacle_probability must be at least 0 and below 1, got {obstacle_probability}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be a whole number, got {seed!r}")
+    seed = int(seed)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     inputs = np.zeros((n, 2, size, size), dtype=bool)
@@ -267,6 +269,8 @@ def scores(predictions: Tensor, targets: Tensor) -> dict[str, float]:
     """
     if predictions.shape != targets.shape:
         raise ValueError(f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ in shape")
+    if not len(targets):
+        raise ValueError("there are no grids to score")
     predictions, targets = predictions.bool(), targets.bool()
     hits = int((predictions & targets).sum())
     marked = int(predictions.sum()) + int(targets.sum())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .sharing import TemplateBank, banks, count, initial_coefficients
+from .sharing import TemplateBank, banks, count, initial_coefficients, without_autocast
 
 
 def layer_similarity(coefficients: Tensor) -> Tensor:
@@ -24,12 +24,14 @@ def layer_similarity(coefficients: Tensor) -> Tensor:
         (L, L), symmetric, in [0, 1], differentiable. A row of zeros has similarity 0 with every row, itself included.
 
     Raises:
-        TypeError: not a tensor.
+        TypeError: not a tensor of real numbers.
         ValueError: not a matrix.
     """
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"coefficients must be a tensor (L, k), got {type(coefficients).__name__}")
-    if coefficients.dim() != 2:
+    if coefficients.is_complex() or coefficients.dtype is torch.bool:
+        raise TypeError(f"coefficients must be real numbers, got {coefficients.dtype}")
+    if coefficients.dim() != 2 or 0 in coefficients.shape:
         raise ValueError(f"coefficients must be a matrix (L, k), got shape {tuple(coefficients.shape)}")
     rows = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
     # The cosine does not depend on a row's length, so its largest entry is divided out first, as a constant: squares
@@ -38,12 +40,19 @@ def layer_similarity(coefficients: Tensor) -> Tensor:
     rows = rows / torch.where(largest > 0, largest, 1.0)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows = rows / torch.where(norms > 0, norms, 1.0)
-    return (rows @ rows.T).abs().clamp(max=1.0)
+    with without_autocast(rows.device):
+        return (rows @ rows.T).abs().clamp(max=1.0)
 
 
 def similarity_matrices(model: nn.Module) -> dict[str, Tensor]:
     """The layer similarity matrix (L, L) of each bank by group name, detached."""
     return {name: layer_similarity(bank.coefficients.detach()) for name, bank in banks(model).items()}
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A detached copy in float64, on the CPU where the device has none (Apple's MPS)."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def weight_similarity(bank: TemplateBank) -> Tensor:
@@ -53,10 +62,10 @@ def weight_similarity(bank: TemplateBank) -> Tensor:
     templates times its inverse give the same weights but other coefficient similarities, unless these are exactly 1.
     Computed from the Gram matrix of the templates, (k, k), as ``alpha(i) T T' alpha(j)'``.
     """
-    templates = bank.templates.detach().double()  # (k, d)
+    templates = in_double(bank.templates)  # (k, d)
     values, vectors = torch.linalg.eigh(templates @ templates.T)
     root = vectors * values.clamp(min=0.0).sqrt()  # (k, k) with root @ root.T = T T'
-    return layer_similarity(bank.coefficients.detach().double() @ root)
+    return layer_similarity(in_double(bank.coefficients) @ root)
 
 
 def recurrence_penalty(model: nn.Module) -> Tensor:
@@ -110,8 +119,10 @@ class SimilarityRecorder:
         if self.steps and step <= self.steps[-1]:
             raise ValueError(f"steps must increase: got {step} after {self.steps[-1]}")
         found = {name: bank.coefficients.detach().float().cpu().numpy().copy() for name, bank in banks(model).items()}
-        if self.steps and found.keys() != self.coefficients.keys():
-            raise ValueError(f"groups have changed: {sorted(self.coefficients)} before, {sorted(found)} now")
+        before = {name: snapshots[0].shape for name, snapshots in self.coefficients.items()}
+        now = {name: matrix.shape for name, matrix in found.items()}
+        if self.steps and before != now:
+            raise ValueError(f"groups have changed: {before} before, {now} now")
         self.steps.append(int(step))
         for name, matrix in found.items():
             self.coefficients.setdefault(name, []).append(matrix)

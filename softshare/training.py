@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +158,17 @@ class Settings:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-        if not self.rate > 0 or self.penalty < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"rate must be above 0, penalty and weight_decay at least 0; got {self.rate}, {self.penalty} and "
-                f"{self.weight_decay}"
-            )
+        for name in ("rate", "factor", "penalty", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in ("rate", "factor")):
+                least = "above 0" if name in ("rate", "factor") else "at least 0"
+                raise ValueError(f"{name} must be finite and {least}, got {value}")
+        if isinstance(self.milestones, str) or not all(isinstance(each, numbers.Real) for each in self.milestones):
+            raise TypeError(f"milestones must be fractions of the epochs, such as (0.3, 0.6), got {self.milestones!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -193,7 +200,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def learning_rate(settings: Settings, epoch: int) -> float:
     """The step schedule: the rate of an epoch (from 0)."""
-    passed = sum(epoch >= round(fraction * settings.epochs) for fraction in settings.milestones)
+    passed = sum(epoch >= max(1, round(fraction * settings.epochs)) for fraction in settings.milestones)
     return settings.rate * settings.factor**passed
 
 
@@ -229,10 +236,10 @@ def train_step(
 
 
 def evaluate(model: nn.Module, task: Task, precision: str = "float32") -> dict[str, float]:
-    """Metrics of the task's held-out examples, in eval mode, on the model's device; the mode is restored."""
+    """Metrics of the task's held-out examples, in eval mode, on the model's device; every module's mode is restored."""
     device = next(model.parameters()).device
     dtype = pick_precision(precision, device)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
 
     def predict(inputs: Tensor) -> Tensor:
@@ -241,7 +248,8 @@ def evaluate(model: nn.Module, task: Task, precision: str = "float32") -> dict[s
 
     with torch.inference_mode():
         metrics = task.to(device).evaluate(predict)
-    model.train(training)
+    for module, mode in modes.items():
+        module.training = mode
     return metrics
 
 
@@ -274,6 +282,10 @@ def fit(
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message says when. Checked once an epoch.
     """
+    if not isinstance(model, nn.Module) or not isinstance(settings, Settings):
+        raise TypeError(
+            f"fit takes a torch.nn.Module and Settings, got {type(model).__name__}, {type(settings).__name__}"
+        )
     device = pick_device(device)
     dtype = pick_precision(settings.precision, device)
     task = task.to(device)

@@ -156,3 +156,35 @@ softshare.shortest_path.generate(3)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_bad_input_is_found_before_the_training(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "fit", lambda *_, **__: pytest.fail("trained"))
+    task = Classification(images.load("digits", "train"), images.load("digits", "test"))
+    good = {"profile": "fast", "data": {}, "runs": tmp_path}
+    with pytest.raises(ValueError, match="fast, gpu, paper"):
+        experiments.train("x", record[1], task, Settings(epochs=1), **(good | {"profile": "quick"}))
+    with pytest.raises(TypeError, match="JSON"):
+        experiments.train("x", record[1], task, Settings(epochs=1), **(good | {"config": {"x": np.float32(1)}}))
+    with pytest.raises(ValueError, match="fast, gpu, paper"):
+        experiments.find_records(tmp_path, profile="quick")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
+def test_the_processor_check_works_without_a_place_to_remember(monkeypatch):
+    outcomes = []
+    for status in (-4, 0):  # killed by SIGILL; fine
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        monkeypatch.setattr(processor.subprocess, "run", lambda *_, s=status, **__: subprocess.CompletedProcess([], s))
+        monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(processor.Path, "read_text", lambda path, **_: _cpuinfo(path))
+        outcomes.append(processor.avoid_crashing_units(processor.Path("/proc/nowhere")))
+    assert outcomes == [True, False]
+
+
+def _cpuinfo(path):
+    if str(path) == "/proc/cpuinfo":
+        return "flags : sse amx_bf16 amx_tile\n"
+    if path.name == "boot_id":
+        return "1234\n"
+    raise FileNotFoundError(path)

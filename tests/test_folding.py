@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -17,6 +18,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import softshare
 from softshare import FoldPlan, banks, fold, layer_similarity, models, plan_fold, share_, tie, unshare
 from softshare.folding import sweep
 
@@ -572,3 +574,67 @@ def test_sweep_reports_each_threshold():
         assert row["value"] == pytest.approx(folded(x).square().mean().item())
         assert row["change"] == pytest.approx(row["value"] - before)
     assert rows[0]["change"] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 4e-5, 5e-6])
+def test_nearly_equal_layers_are_not_tied_at_one(angle):
+    """A difference that float32 outputs show is no tie."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).double()
+    (bank,) = softshare.share_(model, 2).values()
+    with torch.no_grad():
+        bank.coefficients.copy_(torch.tensor([[1.0, 0.0], [1.0, angle]]))
+    assert softshare.plan_fold(model, 1.0).distinct_layers == 2
+    assert softshare.plan_fold(model, 1 - angle**2).distinct_layers == 1
+
+
+@given(st.integers(0, 10**6), st.floats(-20, 20))
+def test_multiples_rounded_to_float32_are_tied_at_one(seed, exponent):
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(8, generator=generator)
+    bank = softshare.TemplateBank(2, 8, (3, 3))
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    softshare.share_(model, 2)
+    bank = softshare.banks(model)["Linear 3x3"]
+    bank.coefficients = nn.Parameter(torch.stack([row, -row * 10.0**exponent]))
+    bank.templates = nn.Parameter(torch.randn(8, 9, generator=generator))
+    assert softshare.plan_fold(model, 1.0).distinct_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"clusters": ((1,), (2,), (3,), (4,)), "scales": (1.0,) * 4}, ValueError),  # its loop has no ties any more
+        ({"clusters": ((1, 2), (2, 3), (4,))}, ValueError),
+        ({"clusters": ((1.0, 3), (2, 4))}, TypeError),
+        ({"clusters": ((2, 4), (1, 3))}, ValueError),
+        ({"scales": (1.0,)}, ValueError),
+        ({"scales": (float("nan"),) * 4}, ValueError),
+    ],
+)
+def test_a_plan_that_contradicts_itself_cannot_be_made(change, error):
+    model = softshare.models.gridnet(4, 4, 4)
+    (group,) = softshare.tie(model, {"layers": [(1, 3), (2, 4)]}).groups
+    with pytest.raises(error, match="layers"):
+        dataclasses.replace(group, **change)
+
+
+@pytest.mark.parametrize("clusters", [[()], [(1.0, 2.0)]])
+def test_odd_clusters_by_hand_are_refused(clusters):
+    with pytest.raises((ValueError, TypeError), match="group 'layers'"):
+        softshare.tie(softshare.models.gridnet(4, 4, 4), {"layers": clusters})
+
+
+def test_a_large_folded_model_loads_through_the_meta_device():
+    torch.manual_seed(0)
+    model = softshare.models.swrn(22, 1, 4).eval()
+    plan = softshare.tie(model, {"stage2": [(1, 3), (2, 4)]})
+    folded = softshare.fold(model, plan)
+    with torch.device("meta"):
+        empty = softshare.models.swrn(22, 1, 4).eval()
+    with pytest.raises(ValueError, match="no values"):
+        softshare.plan_fold(empty, 0.5)
+    again = softshare.fold(empty, plan)
+    again.load_state_dict(folded.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), folded(x))

@@ -761,3 +761,18 @@ def test_the_real_images(monkeypatch, request):
     pixels = sets["train"].images.float()
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([125.3, 123.0, 113.9], abs=1.0)
     assert pixels.flatten(2).transpose(0, 1).flatten(1).std(1).tolist() == pytest.approx([63.0, 62.1, 66.7], abs=1.0)
+
+
+def test_a_file_of_other_classes_is_no_cifar(tmp_path):
+    path = tmp_path / "pets.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for split in ("train", "test"):
+            for label in ("cat", "dog"):
+                buffer = io.BytesIO()
+                Image.new("RGB", (32, 32)).save(buffer, "PNG")
+                archive.writestr(f"{split}/{label}/0.png", buffer.getvalue())
+    assert images.load(str(path), "train").classes == ("cat", "dog")
+    with pytest.raises(ValueError, match="ten classes"):
+        images.load("cifar10", "train", root=path)
+    with pytest.raises(FileNotFoundError, match="CIFAR-100"):
+        images.load("cifar100", "train", root=path)

@@ -874,3 +874,86 @@ def test_any_stack_of_layers_keeps_its_promises(data):
     x = torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(model(x), unshare(model)(x))
     assert len(list(itertools.chain(model.parameters()))) == len(model.state_dict())
+
+
+def test_a_repeated_first_layer_leaves_the_state_dict_without_doubles(tmp_path):
+    first = nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(first, nn.Linear(4, 4, bias=False), first)
+    softshare.share_(model, 2)
+    assert sum(name.endswith("templates") for name in model.state_dict()) == 1
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+
+def test_resetting_draws_the_bank_anew():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    (bank,) = softshare.share_(model, 2).values()
+    before = bank().detach().clone()
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    assert not torch.equal(bank(), before) and bank().isfinite().all()
+
+
+def test_unshared_weights_learn_or_not_as_their_bank():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    softshare.share_(model, 2)
+    assert all(parameter.requires_grad for parameter in softshare.unshare(model).parameters())
+    with torch.no_grad():
+        assert all(parameter.requires_grad for parameter in softshare.unshare(model).parameters())
+    model.requires_grad_(False)
+    for other in (softshare.unshare(model), softshare.fold(model, 0.01)):
+        assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_bank_that_was_cut_off_is_named_before_training():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    softshare.share_(model, 2)
+    with pytest.raises(ValueError, match="not part of this model"):
+        softshare.decay_groups(model[1:], 0.1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        softshare.banks,
+        softshare.unshare,
+        softshare.recurrence_penalty,
+        softshare.similarity_matrices,
+        lambda model: softshare.decay_groups(model, 0.1),
+        lambda model: softshare.plan_fold(model, 0.5),
+        lambda model: softshare.fold(model, 0.5),
+        lambda model: softshare.share_(model, 2),
+    ],
+)
+@pytest.mark.parametrize("model", [None, 3, "model", []])
+def test_what_is_no_model_is_a_type_error(call, model):
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        call(model)
+
+
+def test_select_that_cannot_work_is_a_type_error():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    with pytest.raises(TypeError, match="select must be a function"):
+        softshare.share_(model, 2, select="all")
+    with pytest.raises(TypeError, match="hashable"):
+        softshare.share_(model, 2, select=lambda name, module: [name])
+    assert softshare.banks(model) == {}
+
+
+def test_a_class_with_a_state_of_its_own_is_copied_by_it():
+    class Odd(nn.Linear):
+        def __getstate__(self):
+            return {key: value for key, value in self.__dict__.items() if key != "handle"}
+
+    model = nn.Sequential(Odd(4, 4), Odd(4, 4))
+    model[1].handle = (each for each in ())  # a generator cannot be copied
+    softshare.share_(model, 2)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(twin(x), model(x)) and not hasattr(twin[1], "handle")
+
+
+def test_half_precision_by_default_still_draws_a_bank():
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert softshare.TemplateBank(3, 2, (4, 4)).templates.dtype is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import softshare
 from softshare import (
     SimilarityRecorder,
     TemplateBank,
@@ -257,3 +258,18 @@ def test_the_recorder_refuses_steps_that_do_not_increase_and_other_models():
     with pytest.raises(ValueError, match="stage1"):
         recorder.record(models.gridnet(layers=3, width=2, templates=1), 11)
     assert recorder.steps == [0, 3, 10]
+
+
+def test_autocast_does_not_blur_similarities():
+    model = softshare.models.swrn(28, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = softshare.recurrence_penalty(model)
+    assert torch.equal(inside, softshare.recurrence_penalty(model))
+
+
+def test_empty_and_unreal_coefficients_are_refused():
+    with pytest.raises(ValueError, match="matrix"):
+        softshare.layer_similarity(torch.zeros(3, 0))
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="real"):
+            softshare.layer_similarity(torch.ones(2, 2, dtype=dtype))
