@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,7 @@ def test_the_core_needs_torch_numpy_and_matplotlib_alone():
     """Everything else is imported where it is used."""
     code = """
 import sys
+from pathlib import Path
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"tqdm", "pooch", "safetensors", "IPython", "ipywidgets", "sklearn"}:
@@ -188,3 +191,32 @@ def _cpuinfo(path):
     if path.name == "boot_id":
         return "1234\n"
     raise FileNotFoundError(path)
+
+
+@pytest.mark.long
+def test_an_installed_package_brings_its_data(tmp_path):
+    """What the chapters read travels in the wheel: no checkout is at hand on Colab."""
+    top = Path(__file__).resolve().parents[1]
+    source = tmp_path / "source"
+    shutil.copytree(top, source, ignore=shutil.ignore_patterns(".*", "book", "tests", "cache", "runs", "*.egg-info"))
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
+    subprocess.run(install, check=True, timeout=300)
+    shutil.rmtree(source)
+    code = """
+import softshare, sys
+from softshare import experiments, report
+assert softshare.__file__.startswith(sys.argv[1]), softshare.__file__
+assert len(report.paper_table("cifar")) == 11
+assert len(softshare.images.load("digits", "test").labels) == 360
+record = experiments.write_record("x", profile="fast", seed=0, config={}, metrics={})
+assert record.environment["revision"] is None and record.path.parent.as_posix().endswith("runs/fast")
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, sys.argv[1]){code}", str(target)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
