@@ -159,7 +159,13 @@ def is_current(book: Book, name: str, parameters: Mapping[str, Any]) -> bool:
     if not (stamp.is_file() and notebook.is_file()):
         return False
     said = json.loads(stamp.read_text(encoding="utf8"))
-    return said == {"key": chapter_key(book, name, parameters), "notebook": file_digest(notebook)}
+    return said["key"] == chapter_key(book, name, parameters) and said["notebook"] == file_digest(notebook)
+
+
+def last_time(book: Book, name: str) -> float:
+    """Seconds that the chapter took when it last ran here; 0 if it never did."""
+    kept = book.output / f"{name}.seconds"
+    return float(kept.read_text(encoding="utf8")) if kept.is_file() else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +259,9 @@ def execute(
         if failures and name in READERS:
             say(f"{label}: not run, it reads what the failed ones should have written")
             continue
-        say(f"{label}: running ...")
+        due = [other for other in chapters[number - 1 :] if not is_current(book, other, parameters)]
+        left = sum(last_time(book, other) for other in due)
+        say(f"{label}: running ..." + (f" (about {left:.0f} s left in all)" if last_time(book, name) else ""))
         start = time.monotonic()
         # Taken before the run: what is edited meanwhile must make the chapter run again.
         key = chapter_key(book, name, parameters)
@@ -265,6 +273,7 @@ def execute(
             continue
         stamp = json.dumps({"key": key, "notebook": file_digest(final)})
         (book.output / f"{name}.key").write_text(stamp, encoding="utf8")
+        (book.output / f"{name}.seconds").write_text(f"{time.monotonic() - start:.1f}", encoding="utf8")
         ran.append(name)
         say(f"{label}: {time.monotonic() - start:.1f} s")
     say(f"chapters: {len(ran)} run, {time.monotonic() - begin:.1f} s, in {book.output}")
