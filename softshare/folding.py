@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import count
 from .models.blocks import RecurrentBlock
-from .sharing import TemplateBank, banks, count, draw_weight_from, give_plain_weight, shared_layers
+from .sharing import TemplateBank, banks, draw_weight_from, give_plain_weight, shared_layers
 from .similarity import in_double, layer_similarity
 
 # Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .archives import ARCHIVE_SUFFIXES, content_key, list_files, read_files, verify, verify_listed
+from .arguments import count
 from .augmentation import Augmentation as Augmentation
-from .sharing import count
 
 NAMES = ("cifar10", "cifar100", "digits")
 SPLITS = ("train", "test")

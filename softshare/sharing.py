@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,20 +23,12 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .arguments import count
+
 COEFFICIENT_INITS = ("orthogonal", "sparse", "identity", "normal")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def count(name: str, value: Any) -> int:
-    """Return `value` if it is a positive whole number, else raise TypeError or ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's whole numbers count
-        raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
-    value = int(value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def _require_module(model: Any) -> None:

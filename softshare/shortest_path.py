@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sharing import count
+from .arguments import count
 
 PHASES = (5, 9, 13, 17, 21)
 """Side of the box around the first query that holds the second, in the five phases of the curriculum."""

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .sharing import TemplateBank, banks, count, initial_coefficients, without_autocast
+from .arguments import count
+from .sharing import TemplateBank, banks, initial_coefficients, without_autocast
 
 
 def layer_similarity(coefficients: Tensor) -> Tensor:

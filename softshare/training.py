@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import count
 from .augmentation import Augmentation
 from .images import ImageSet
 from .processor import bfloat16_pays
-from .sharing import count, decay_groups
+from .sharing import decay_groups
 from .shortest_path import Grids, scores
 from .similarity import SimilarityRecorder, recurrence_penalty
 

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from ..sharing import count
+from ..arguments import count
 from .grid import gridnet
 from .wide_resnet import swrn, wrn
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sharing import _share, count
+from ..arguments import count
+from ..sharing import _share
 from .blocks import RecurrentBlock, scaled
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sharing import _share, count, without_autocast
+from ..arguments import count
+from ..sharing import _share, without_autocast
 from .blocks import RecurrentBlock, scaled
 
 
