@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .arguments import count
 from .models.blocks import RecurrentBlock
-from .sharing import TemplateBank, banks, draw_weight_from, give_plain_weight, shared_layers
+from .sharing import TemplateBank, banks, draw_weight_from, give_plain_weight, owner_of_bank, shared_layers
 from .similarity import in_double, layer_similarity
 
 # Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.
@@ -396,6 +396,12 @@ class DistinctWeights(nn.Module):
         self.scales = torch.cat([self.scales, self.scales.new_tensor([scale])])
         return len(self.users) - 1
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw plain weights anew by kaiming_normal_, as our networks start; templates are drawn by their own bank."""
+        for weight in getattr(self, "weights", ()):
+            nn.init.kaiming_normal_(weight)
+
     def mix(self, index: int) -> Tensor:
         held = self.users[index]
         weight = self.weights[held] if hasattr(self, "weights") else self.templates.mix(held)
@@ -556,7 +562,7 @@ def _tie_layers(
         for index, cluster in enumerate(held):
             for user, scale in users[cluster]:
                 draw_weight_from(user, distinct, distinct.use(index, scale))
-        users[held[0]][0][0].add_module("bank", distinct)
+        owner_of_bank(model, [user for cluster in held for user, _ in users[cluster]]).add_module("bank", distinct)
 
 
 def sweep(

@@ -348,12 +348,12 @@ def _share(
     for bank, layers in made:
         for index, layer in enumerate(layers):
             draw_weight_from(layer, bank, index)
-        owner = _owner(model, layers)
+        owner = owner_of_bank(model, layers)
         owner.add_module("bank", bank.train(owner.training))
     return [bank for bank, _ in made]
 
 
-def _owner(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+def owner_of_bank(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
     """The layer that registers the bank: the first that stands in one place, so that the state dict holds it once."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return next((layer for layer in layers if places[id(layer)] == 1), layers[0])

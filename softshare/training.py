@@ -119,7 +119,7 @@ class ShortestPaths:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. The defaults are the authors' for CIFAR (section 3 of their released code), except for `epochs`.
+    """How to train. The defaults are those of the authors' released code for CIFAR; `epochs`, 200 there, has none.
 
     Attributes:
         epochs: passes over the training examples.

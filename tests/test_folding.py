@@ -638,3 +638,14 @@ def test_a_large_folded_model_loads_through_the_meta_device():
     again.load_state_dict(folded.state_dict(), strict=True, assign=True)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(again(x), folded(x))
+
+
+def test_a_folded_model_can_be_reset_and_saved_where_a_layer_stands_twice(tmp_path):
+    first = nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(first, nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), first)
+    share_(model, 3)
+    folded = fold(model, tie(model, {"Linear 4x4": [(1, 2)]}))
+    save_file(folded.state_dict(), tmp_path / "folded.safetensors")
+    before = folded[1].weight.detach().clone()
+    folded.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    assert not torch.equal(folded[1].weight, before) and folded[1].weight.isfinite().all()
