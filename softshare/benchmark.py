@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from . import models, shortest_path
 from .images import ImageSet
 from .sharing import SharedLayer, banks
-from .training import Classification, Settings, make_optimizer, pick_device, pick_precision, train_step
+from .tasks import Classification
+from .training import Settings, make_optimizer, pick_device, pick_precision, train_step
 
 
 class LayerwiseMixing(nn.Module):

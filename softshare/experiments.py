@@ -26,7 +26,8 @@ from torch import nn
 
 from .sharing import banks
 from .similarity import SimilarityRecorder
-from .training import Settings, Task, fit, pick_device, pick_precision
+from .tasks import Task
+from .training import Settings, fit, pick_device, pick_precision
 
 PROFILES = ("fast", "gpu", "paper")
 RECIPE_VERSION = 1

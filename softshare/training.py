@@ -9,112 +9,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import count
-from .augmentation import Augmentation
-from .images import ImageSet
 from .processor import bfloat16_pays
 from .sharing import decay_groups
-from .shortest_path import Grids, scores
 from .similarity import SimilarityRecorder, recurrence_penalty
+from .tasks import Task
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("sgd", "adam")
 
 Callback = Callable[[nn.Module, int], None]
-
-
-class Task(Protocol):
-    """What `fit` trains on: `size` examples, served as batches, with a loss and an evaluation."""
-
-    size: int
-
-    def to(self, device: torch.device) -> Task:
-        """The same task with its data on a device."""
-
-    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some training examples, on the task's device."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over a batch, a scalar."""
-
-    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Metrics on held-out examples, given a function from inputs to float32 outputs."""
-
-
-class Classification:
-    """Images and labels; cross-entropy; evaluation gives loss, accuracy and error (both in %).
-
-    Args:
-        train, held_out: the splits.
-        augmentation: of training images; default: the authors' (flip, 4 pixels of padding and crop), no cutout.
-    """
-
-    def __init__(self, train: ImageSet, held_out: ImageSet, augmentation: Augmentation | None = None) -> None:
-        if train.classes != held_out.classes:
-            raise ValueError(f"the two splits have different classes: {train.classes} and {held_out.classes}")
-        self.augmentation = augmentation or Augmentation(*train.statistics())
-        self.images, self.labels = train.images, train.labels
-        self.held_out = held_out.images, held_out.labels
-        self.size = len(train.labels)
-        self._drawn: tuple[tuple[int, int], Tensor] | None = None
-
-    def to(self, device: torch.device) -> Classification:
-        moved = object.__new__(Classification)
-        moved.__dict__.update(self.__dict__)
-        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
-        moved.held_out = self.held_out[0].to(device), self.held_out[1].to(device)
-        moved._drawn = None
-        return moved
-
-    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        if self._drawn is None or self._drawn[0] != (seed, epoch):
-            draws = self.augmentation.draw(self.size, seed, epoch, self.images.shape[-1]).to(self.images.device)
-            self._drawn = (seed, epoch), draws
-        return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets)
-
-    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        images, labels = self.held_out
-        loss, right = 0.0, 0
-        for start in range(0, len(labels), 500):
-            chunk = labels[start : start + 500]
-            logits = predict(self.augmentation.normalise(images[start : start + 500]))
-            loss += float(F.cross_entropy(logits, chunk, reduction="sum"))
-            right += int((logits.argmax(1) == chunk).sum())
-        accuracy = 100.0 * right / len(labels)
-        return {"loss": loss / len(labels), "accuracy": accuracy, "error": 100.0 - accuracy}
-
-
-class ShortestPaths:
-    """Grids and their path pixels; binary cross-entropy a pixel; evaluation gives loss, f1 and exact (see `scores`)."""
-
-    def __init__(self, train: Grids, held_out: Grids) -> None:
-        self.train, self.held_out = train, held_out
-        self.size = len(train.distances)
-
-    def to(self, device: torch.device) -> ShortestPaths:
-        return ShortestPaths(Grids(*(t.to(device) for t in self.train)), Grids(*(t.to(device) for t in self.held_out)))
-
-    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        return self.train.inputs[indices].float(), self.train.targets[indices].float()
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(outputs, targets)
-
-    def evaluate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        grids = self.held_out
-        starts = range(0, len(grids.distances), 250)
-        logits = torch.cat([predict(grids.inputs[start : start + 250].float()) for start in starts])
-        loss = F.binary_cross_entropy_with_logits(logits, grids.targets.float())
-        return {"loss": float(loss), **scores(logits > 0, grids.targets)}
 
 
 @dataclass(frozen=True)

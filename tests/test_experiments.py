@@ -15,7 +15,8 @@ import torch
 
 import softshare
 from softshare import experiments, images, models, processor, report
-from softshare.training import Classification, Settings
+from softshare.tasks import Classification
+from softshare.training import Settings
 
 
 @pytest.fixture(scope="module")

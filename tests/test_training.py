@@ -12,7 +12,8 @@ from torch import nn
 
 import softshare
 from softshare import images, models, shortest_path, training
-from softshare.training import Classification, Settings, ShortestPaths, evaluate, fit
+from softshare.tasks import Classification, ShortestPaths
+from softshare.training import Settings, evaluate, fit
 
 
 @pytest.fixture(scope="module")
