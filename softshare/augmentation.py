@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(mean: tuple[float, ...], deviation: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept on the device: copying them there for every batch would make the host wait for it. Made outside inference
+    # mode, since a training step may need them later.
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(each, device=device).view(1, -1, 1, 1) for each in (mean, deviation))  # type: ignore
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,7 @@ class Augmentation:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to float32, mean 0 and deviation 1 a channel over the data set; for evaluation."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        deviation = torch.tensor(self.deviation, device=images.device).view(1, 3, 1, 1)
+        mean, deviation = _statistics(tuple(self.mean), tuple(self.deviation), images.device)
         return (images.float() - mean) / deviation
 
     def draw(self, n: int, seed: int, epoch: int, side: int = 32) -> Tensor:

@@ -103,19 +103,29 @@ def initial_similarity(
 class SimilarityRecorder:
     """Snapshots of a model's layer similarity matrices over training.
 
-    Call ``recorder.record(model, step)`` whenever a snapshot is wanted, with steps that increase; `fit` does so once an
-    epoch when given one as a callback.
+    Call ``recorder.record(model, step)`` whenever a snapshot is wanted, with steps that increase; `fit` does so before the
+    first epoch and after each when given one as a callback, and then counts in epochs.
+
+    Args:
+        dense_epochs: in so many of the first epochs `fit` takes several snapshots.
+        per_epoch: how many, in those; their steps are fractions of epochs.
 
     Attributes:
-        steps: list of int, one a snapshot.
+        steps: numbers that increase, one a snapshot.
         coefficients: dict from group name to the list of coefficient matrices (L, k), numpy float32, one a snapshot.
     """
 
-    def __init__(self) -> None:
-        self.steps: list[int] = []
+    def __init__(self, dense_epochs: int = 0, per_epoch: int = 1) -> None:
+        self.dense_epochs, self.per_epoch = dense_epochs, count("per_epoch", per_epoch)
+        self.steps: list[float] = []
         self.coefficients: dict[str, list[np.ndarray]] = {}
 
-    def record(self, model: nn.Module, step: int) -> None:
+    def due(self, epoch: int, step: int, steps: int) -> bool:
+        """Whether a snapshot is wanted after `step` of `steps` within an epoch (from 1); its end is always recorded."""
+        passed = (step * self.per_epoch) // steps > ((step - 1) * self.per_epoch) // steps
+        return epoch <= self.dense_epochs and step < steps and passed
+
+    def record(self, model: nn.Module, step: float) -> None:
         """Append a snapshot. Raises ValueError if `step` does not follow the last one or the groups have changed."""
         if self.steps and step <= self.steps[-1]:
             raise ValueError(f"steps must increase: got {step} after {self.steps[-1]}")
@@ -124,7 +134,7 @@ class SimilarityRecorder:
         now = {name: matrix.shape for name, matrix in found.items()}
         if self.steps and before != now:
             raise ValueError(f"groups have changed: {before} before, {now} now")
-        self.steps.append(int(step))
+        self.steps.append(step)
         for name, matrix in found.items():
             self.coefficients.setdefault(name, []).append(matrix)
 
@@ -134,6 +144,19 @@ class SimilarityRecorder:
             name: np.stack([layer_similarity(torch.from_numpy(matrix)).numpy() for matrix in snapshots])
             for name, snapshots in self.coefficients.items()
         }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: "steps", and the coefficients of group i over time, (snapshots, L, k), as "i.<name>"."""
+        state = {"steps": torch.tensor(self.steps, dtype=torch.float64)}
+        for number, (name, snapshots) in enumerate(self.coefficients.items()):
+            state[f"{number}.{name}"] = torch.from_numpy(np.stack(snapshots))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state_dict` described."""
+        self.steps = state["steps"].tolist()
+        groups = sorted((int(key.split(".", 1)[0]), key) for key in state if key != "steps")
+        self.coefficients = {key.split(".", 1)[1]: list(state[key].numpy()) for _, key in groups}
 
     def save(self, path: str | Path) -> None:
         """Write everything to one .npz file (no pickle), by way of a temporary name."""
@@ -154,7 +177,7 @@ class SimilarityRecorder:
         recorder = cls()
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                recorder.steps = [int(step) for step in arrays["steps"]]
+                recorder.steps = arrays["steps"].tolist()
                 for i, name in enumerate(json.loads(str(arrays["names"]))):
                     recorder.coefficients[name] = list(arrays[f"coefficients_{i}"])
         except FileNotFoundError:

@@ -1,20 +1,33 @@
-"""One training loop for both tasks: images to classify, grids to solve."""
+"""One training loop for every task: precision, schedule, progress, checkpoints, and several devices under torchrun."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import numbers
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .arguments import count
+from .checkpoints import (
+    load_optimizer_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    prune_checkpoints,
+    write_checkpoint,
+)
 from .processor import bfloat16_pays
 from .sharing import decay_groups
 from .similarity import SimilarityRecorder, recurrence_penalty
@@ -32,7 +45,7 @@ class Settings:
 
     Attributes:
         epochs: passes over the training examples.
-        batch_size: examples a step; the last, smaller batch of an epoch is kept.
+        batch_size: examples a step, over all devices; the last, smaller batch of an epoch is kept.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
         rate: learning rate at the start.
         milestones: fractions of `epochs` after which the rate is multiplied by `factor`.
@@ -42,7 +55,8 @@ class Settings:
         precision: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device has units for it, else float16 on
             CUDA (with a gradient scaler) and float32 on a CPU.
         channels_last: whether to keep activations and weights in channels_last memory format.
-        compile: whether to run the model through torch.compile.
+        compile: whether to run the model through torch.compile, which takes a minute or two before the first step; None: on
+            CUDA, for runs of at least 1,000 steps. Where it fails, a warning says so and training goes on without it.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         seed: of the order of examples, augmentation and dropout. The model's own initialisation is the caller's.
     """
@@ -57,7 +71,7 @@ class Settings:
     penalty: float = 0.0
     precision: str = "auto"
     channels_last: bool = True
-    compile: bool = False
+    compile: bool | None = None
     evaluate_every: int = 1
     seed: int = 0
 
@@ -131,11 +145,17 @@ def train_step(
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
     penalty: float = 0.0,
+    weight: float = 1.0,
 ) -> Tensor:
-    """One step of the optimizer on one batch; returns the loss, penalty included, detached and still on the device."""
+    """One step of the optimizer on one batch; returns the loss, penalty included, detached and still on the device.
+
+    `weight` multiplies the task's loss, see `softshare.distributed.own_part`.
+    """
     with autocast(inputs.device, dtype):
         outputs = model(inputs)
     loss = task.loss(outputs.float(), targets)
+    if weight != 1.0:
+        loss = loss * weight
     if penalty:
         loss = loss + penalty * recurrence_penalty(model)
     optimizer.zero_grad(set_to_none=True)
@@ -171,119 +191,342 @@ def fit(
     device: str | torch.device | None = None,
     title: str = "",
     progress: bool = True,
+    checkpoints: str | Path | None = None,
+    checkpoint_seconds: float = 120.0,
 ) -> list[dict[str, float]]:
     """Train a model in place.
 
+    With `checkpoints`, a run that was killed goes on where its newest checkpoint left it, and on a CPU ends with the same
+    weights, bit for bit, as one that never was. Under ``torchrun`` every process calls this with the same arguments: a
+    batch is divided among them, gradients are averaged by DistributedDataParallel, process 0 writes and speaks for all.
+
     Args:
         model: moved to the device, and left there in eval mode.
-        task: `Classification` or `ShortestPaths`, or anything like them.
+        task: `softshare.tasks.Classification`, `ShortestPaths`, or another `Task`.
         settings: see `Settings`.
         callbacks: functions called as ``callback(model, epoch)`` before the first epoch (with 0) and after each, or
-            `SimilarityRecorder` instances.
+            `SimilarityRecorder` instances. What one knows travels in checkpoints if it has, as the recorder does,
+            ``state_dict()`` and ``load_state_dict(state)`` for a dict of tensors.
         device: default: CUDA where there is one.
         title: what the progress display calls the run.
         progress: whether to show epoch, loss, metrics, examples per second and time left: as a bar on a terminal, as plain
             lines elsewhere.
+        checkpoints: a folder for this run's checkpoints, which the newest two are kept in; None: none are written.
+        checkpoint_seconds: the least time between two; 0: after every step. The end is always kept.
 
     Returns:
-        One dict an epoch: epoch (from 1), rate, loss (mean over the epoch's steps, penalty included), seconds,
+        One dict an epoch: epoch (from 1), rate, loss (mean over the epoch's examples, penalty included), seconds,
         examples_per_second, and where the epoch was evaluated the task's metrics as "held_out_...".
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite; the message says when. Checked once an epoch.
+        FloatingPointError: the loss became NaN or infinite; the message names step, rate and last good checkpoint.
+        ForeignCheckpoint: a ValueError; the folder holds only checkpoints of other runs.
+        RuntimeError: CUDA was asked for where there is none.
     """
     if not isinstance(model, nn.Module) or not isinstance(settings, Settings):
         raise TypeError(
             f"fit takes a torch.nn.Module and Settings, got {type(model).__name__}, {type(settings).__name__}"
         )
-    device = pick_device(device)
-    dtype = pick_precision(settings.precision, device)
-    task = task.to(device)
-    model.to(device=device)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    torch.manual_seed(settings.seed)
-    order = torch.Generator().manual_seed(settings.seed)
-    run: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
-    calls = [callback.record if isinstance(callback, SimilarityRecorder) else callback for callback in callbacks]
-    for call in calls:
-        call(model, 0)
-    display = _Display(title, settings.epochs, math.ceil(task.size / settings.batch_size), progress)
-    history: list[dict[str, float]] = []
-    for epoch in range(1, settings.epochs + 1):
-        rate = learning_rate(settings, epoch - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        model.train()
-        started = time.perf_counter()
-        total = torch.zeros((), device=device)
-        for indices in _batches(task.size, settings.batch_size, order, device):
-            inputs, targets = task.batch(indices, settings.seed, epoch)
-            if settings.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            loss = train_step(run, task, inputs, targets, optimizer, scaler, dtype, settings.penalty)
-            total += loss * len(indices)
-            display.step()
-        mean = float(total) / task.size
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss became {mean} in epoch {epoch} of {settings.epochs} at rate {rate:g} in {dtype}; lower the "
-                'rate, or try precision="float32"'
-            )
-        seconds = time.perf_counter() - started
+    with distributed.process_group(pick_device(device)) as place:
+        folder = None if checkpoints is None else Path(checkpoints).expanduser()
+        run = _Run(model, task.to(place), settings, callbacks, place, folder, checkpoint_seconds)
+        run.display = _Display(title, settings.epochs, task.size, progress and distributed.rank() == 0)
+        try:
+            return run.train()
+        finally:
+            run.display.close()
+
+
+class _Run:
+    """One call of `fit`: everything that a checkpoint holds, and how it changes."""
+
+    display: _Display
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Settings,
+        callbacks: Sequence[Callback | SimilarityRecorder],
+        device: torch.device,
+        folder: Path | None,
+        pause: float,
+    ) -> None:
+        self.model, self.task, self.settings, self.device = model, task, settings, device
+        self.callbacks, self.folder, self.pause = list(callbacks), folder, pause
+        self.dtype = pick_precision(settings.precision, device)
+        self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
+        model.to(device=device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.order = torch.Generator().manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
+        shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+        self.identity = {
+            "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "examples": task.size,
+            **json.loads(json.dumps(asdict(settings))),
+        }
+        self.epoch, self.step = 1, 0  # the epoch that goes on, and its steps done
+        self.losses = torch.zeros(self.steps, device=device)  # of its steps
+        self.checked = 0  # steps whose losses are known to be finite, and are averaged over processes
+        self.seconds = 0.0  # spent on it
+        self.history: list[dict[str, float]] = []
+        self.last_good: Path | None = None
+        self.saved = time.perf_counter()
+
+    @property
+    def total_steps(self) -> int:
+        return (self.epoch - 1) * self.steps + self.step
+
+    def train(self) -> list[dict[str, float]]:
+        settings, model = self.settings, self.model
+        if not self._resume():
+            self._call(0)
+        elif self.epoch > settings.epochs:
+            self.display.say(f"finished already: {self.last_good}")
+        module: nn.Module | None = None
+        # How often the losses are looked at: that makes the device wait, and processes wait for one another.
+        every = 50 if self.device.type == "cuda" else 10 if distributed.world_size() > 1 else 1
+        while self.epoch <= settings.epochs:
+            started = time.perf_counter()
+            task = self.task.at(self.epoch)
+            rate = learning_rate(settings, self.epoch - 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.order_before = self.order.get_state()
+            order = torch.randperm(task.size, generator=self.order).to(self.device).split(settings.batch_size)
+            parts, weights = zip(*(distributed.own_part(indices) for indices in order[self.step :]), strict=True)
+            model.train()
+            batches = task.batches(parts, settings.seed, self.epoch)
+            for (inputs, targets), weight in zip(batches, weights, strict=True):
+                if settings.channels_last and inputs.dim() == 4:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                if module is None:
+                    module = self._module(inputs, targets)
+                loss = train_step(
+                    module, task, inputs, targets, self.optimizer, self.scaler, self.dtype, settings.penalty, weight
+                )
+                self.losses[self.step] = loss
+                self.step += 1
+                self.display.add(len(order[self.step - 1]))
+                for callback in self.callbacks:
+                    if isinstance(callback, SimilarityRecorder) and callback.due(self.epoch, self.step, self.steps):
+                        callback.record(model, self.epoch - 1 + self.step / self.steps)
+                if self.step % every == 0 and self.step < self.steps:
+                    self._check(rate)
+                    if self.folder and time.perf_counter() - self.saved >= self.pause:
+                        self._save(self.seconds + time.perf_counter() - started)
+            self._check(rate)
+            self.seconds += time.perf_counter() - started
+            self._end_epoch(task, rate)
+            if self.folder and (self.epoch > settings.epochs or time.perf_counter() - self.saved >= self.pause):
+                self._save(0.0)
+        model.eval()
+        return self.history
+
+    def _end_epoch(self, task: Task, rate: float) -> None:
+        settings, epoch = self.settings, self.epoch
+        sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64)
+        sizes[-1] = task.size - settings.batch_size * (self.steps - 1)
         row = {
             "epoch": float(epoch),
             "rate": rate,
-            "loss": mean,
-            "seconds": seconds,
-            "examples_per_second": task.size / seconds,
+            "loss": float((self.losses.cpu().double() * sizes).sum() / task.size),
+            "seconds": self.seconds,
+            "examples_per_second": task.size / self.seconds,
         }
+        distributed.agree_on_buffers(self.model)
         if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
-            metrics = evaluate(model, task, settings.precision)
+            metrics = evaluate(self.model, task, settings.precision)
             row |= {f"held_out_{name}": value for name, value in metrics.items()}
-        history.append(row)
-        for call in calls:
-            call(model, epoch)
-        display.epoch(row)
-    display.close()
-    model.eval()
-    return history
+        self.history.append(row)
+        self._call(epoch)
+        self.display.epoch(row)
+        self.epoch, self.step, self.checked, self.seconds = epoch + 1, 0, 0, 0.0
+        self.order_before = self.order.get_state()
+
+    def _module(self, inputs: Tensor, targets: Tensor) -> nn.Module:
+        """What is called in a step: the model, compiled and distributed where that is wanted and works."""
+        module = distributed.wrapped(self.model, self.device)
+        wanted = self.settings.compile
+        if wanted is None:
+            wanted = self.device.type == "cuda" and self.steps * self.settings.epochs >= 1000
+        return try_compiled(module, self.task, inputs, targets, self.dtype) if wanted else module
+
+    def _call(self, epoch: int) -> None:
+        for callback in self.callbacks:
+            (callback.record if isinstance(callback, SimilarityRecorder) else callback)(self.model, epoch)
+
+    def _check(self, rate: float) -> None:
+        """Average the latest losses over processes and stop if one is not finite."""
+        latest = distributed.average_(self.losses[self.checked : self.step])
+        values = latest.tolist()
+        for place, value in enumerate(values, start=self.checked + 1):
+            if not math.isfinite(value):
+                kept = "no checkpoint was kept" if self.folder is None else "no checkpoint was written yet"
+                if self.last_good is not None:
+                    kept = f"the last good checkpoint is {self.last_good}"
+                raise FloatingPointError(
+                    f"the loss became {value} at step {place} of {self.steps} in epoch {self.epoch} of "
+                    f"{self.settings.epochs} at rate {rate:g} in {str(self.dtype).removeprefix('torch.')}; {kept}. Lower "
+                    'the rate, or try precision="float32"'
+                )
+        self.checked = self.step
+        if values:
+            self.display.look(self.epoch, values[-1])
+
+    def _save(self, seconds: float) -> None:
+        self.saved = time.perf_counter()
+        if distributed.rank() > 0 or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            return  # the weights left the finite numbers: the next loss will tell
+        assert self.folder is not None
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        tensors |= {"order": self.order_before, "losses": self.losses, "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for number, callback in enumerate(self.callbacks):
+            if hasattr(callback, "state_dict"):
+                tensors |= {f"callback.{number}.{name}": value for name, value in callback.state_dict().items()}
+        facts = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": seconds,
+            "history": self.history,
+            "scaler": self.scaler.state_dict(),
+        }
+        try:
+            self.last_good = write_checkpoint(self.folder, self.total_steps, self.identity, tensors, facts)
+        except OSError as error:
+            kept = f"the last one is {self.last_good}" if self.last_good else "there is none yet"
+            warnings.warn(f"no checkpoint could be written ({error}); {kept}; training goes on", stacklevel=2)
+            return
+        prune_checkpoints(self.folder, self.total_steps, self.identity)
+
+    def _resume(self) -> bool:
+        """Take up the newest checkpoint, if there is one."""
+        found = newest_checkpoint(self.folder, self.identity) if self.folder else None
+        if found is None:
+            return False
+        self.last_good, tensors, facts = found
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        load_optimizer_tensors(self.optimizer, part("optimizer."))
+        self.scaler.load_state_dict(facts["scaler"]) if facts["scaler"] else None
+        self.order.set_state(tensors["order"])
+        self.losses.copy_(tensors["losses"])
+        for number, callback in enumerate(self.callbacks):
+            if hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(part(f"callback.{number}."))
+        self.epoch, self.step, self.seconds = facts["epoch"], facts["step"], facts["seconds"]
+        self.checked, self.history = self.step, facts["history"]
+        if distributed.rank() == 0:
+            torch.set_rng_state(tensors["random.cpu"])
+            if self.device.type == "cuda" and "random.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        else:  # only process 0's state is kept; the others' dropout goes on with numbers of its own
+            torch.manual_seed(self.settings.seed + 1_000_003 * distributed.rank() + self.total_steps)
+        self.display.begin_at((self.epoch - 1) * self.task.size + self.step * self.settings.batch_size)
+        self.display.say(f"going on at epoch {self.epoch}, step {self.step + 1}, from {self.last_good}")
+        return True
 
 
-def _batches(size: int, batch_size: int, order: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    indices = torch.randperm(size, generator=order).to(device)
-    return iter(indices.split(batch_size))
+def try_compiled(module: nn.Module, task: Task, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> nn.Module:
+    """``torch.compile(module)``, tried on one batch, forward and backward; with a warning the module itself if it fails.
+
+    Leaves gradients empty, and statistics and random numbers as they were.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    cuda = [inputs.device] if inputs.device.type == "cuda" else []
+    compiled: nn.Module = module
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            compiled = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+            with autocast(inputs.device, dtype):
+                outputs = compiled(inputs)
+            task.loss(outputs.float(), targets).backward()
+        except Exception as error:  # compilers fail in many ways
+            reason = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training goes on without it, slower",
+                stacklevel=2,
+            )
+            compiled = module
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    module.zero_grad(set_to_none=True)
+    return compiled
 
 
 class _Display:
-    """A bar on a terminal; elsewhere (a notebook, a log) a plain line an epoch, at most one a second."""
+    """A bar on a terminal; elsewhere (a notebook, a log) plain lines: an epoch's end, at most one a second, and in long
+    epochs one every half minute."""
 
-    def __init__(self, title: str, epochs: int, steps: int, shown: bool) -> None:
-        self.title, self.epochs, self.shown = title, epochs, shown
+    def __init__(self, title: str, epochs: int, size: int, shown: bool) -> None:
+        self.title, self.epochs, self.size, self.shown = title, epochs, size, shown
         self.started = self.last = time.perf_counter()
+        self.first = self.done = 0  # examples done before this process, and by now
         self.bar: Any = None
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=epochs * steps, desc=title, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=epochs * size, desc=title, unit=" examples", unit_scale=True, dynamic_ncols=True)
 
-    def step(self) -> None:
+    def begin_at(self, done: int) -> None:
+        self.first = self.done = done
         if self.bar is not None:
-            self.bar.update()
+            self.bar.initial = self.bar.n = done
+
+    def add(self, examples: int) -> None:
+        self.done += examples
+        if self.bar is not None:
+            self.bar.update(examples)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(f"{self.title}: {text}", file=sys.stderr)
+        elif self.shown:
+            print(f"{self.title}: {text}", flush=True)
+
+    def look(self, epoch: int, loss: float) -> None:
+        """Within an epoch."""
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs}, loss {loss:.3f}", refresh=False)
+        elif self.shown and now - self.last >= 30.0:
+            speed = (self.done - self.first) / (now - self.started)
+            print(f"{self._place(epoch)}: loss {loss:.3f}, {speed:.0f}/s, {self._left(now)}", flush=True)
+            self.last = now
 
     def epoch(self, row: dict[str, float]) -> None:
-        now, done = time.perf_counter(), int(row["epoch"])
+        """At an epoch's end."""
+        now, epoch = time.perf_counter(), int(row["epoch"])
         names = {"held_out_accuracy": "accuracy", "held_out_f1": "F1", "held_out_exact": "exact"}
         found = [f"{names[name]} {value:.4g}" for name, value in row.items() if name in names]
-        text = ", ".join([f"loss {row['loss']:.3f}", *found, f"{row['examples_per_second']:.0f}/s"])
+        text = ", ".join([f"loss {row['loss']:.3f}", *found])
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        elif self.shown and (now - self.last >= 1.0 or done == self.epochs):
-            left = (now - self.started) / done * (self.epochs - done)
-            print(f"{self.title} epoch {done}/{self.epochs}: {text}, {left:.0f} s left".strip(), flush=True)
+            self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs}, {text}")
+        elif self.shown and (now - self.last >= 1.0 or epoch == self.epochs):
+            print(f"{self._place(epoch)}: {text}, {row['examples_per_second']:.0f}/s, {self._left(now)}", flush=True)
             self.last = now
+
+    def _place(self, epoch: int) -> str:
+        within = self.done - (epoch - 1) * self.size
+        part = "" if within >= self.size else f" ({within / self.size:.0%} of it)"
+        return f"{self.title} epoch {epoch}/{self.epochs}{part}".strip()
+
+    def _left(self, now: float) -> str:
+        rest = self.epochs * self.size - self.done
+        seconds = (now - self.started) * rest / max(1, self.done - self.first)
+        return f"{seconds:.0f} s left" if seconds < 100 else f"{timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         if self.bar is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import softshare
-from softshare import images, models, shortest_path, training
+from softshare import images, models, shortest_path, tasks, training
 from softshare.tasks import Classification, ShortestPaths
 from softshare.training import Settings, evaluate, fit
 
@@ -194,3 +194,44 @@ def test_cuda_learns_what_the_cpu_learns(task):
         settings = Settings(epochs=2, batch_size=32, rate=0.05, precision="float32")
         losses.append(fit(net, task, settings, device=device, progress=False)[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
+
+
+def test_a_curriculum_goes_from_phase_to_phase():
+    phases = [
+        ShortestPaths(shortest_path.generate(20, size=8, box=box), shortest_path.generate(10, size=8, box=box, seed=1))
+        for box in (3, 5)
+    ]
+    task = tasks.Curriculum(phases, epochs=2)
+    assert [task.at(epoch) is phases[place] for epoch, place in ((0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (9, 1))]
+    settings = Settings(epochs=4, batch_size=10, optimizer="adam", rate=0.01, milestones=())
+    history = fit(models.gridnet(layers=2, width=4), task, settings, progress=False, device="cpu")
+    assert all({"held_out_f1", "held_out_exact", "held_out_hard_f1"} <= set(row) for row in history)
+    with pytest.raises(ValueError, match="phases of one size, got .20, 7."):
+        tasks.Curriculum([phases[0], ShortestPaths(shortest_path.generate(7, size=8, box=3))], epochs=2)
+
+
+def test_nothing_held_out_means_no_evaluation(digits):
+    history = fit(small_net(), Classification(digits[0]), Settings(epochs=1), progress=False)
+    assert set(history[0]) == {"epoch", "rate", "loss", "seconds", "examples_per_second"}
+
+
+def test_snapshots_are_dense_in_the_first_epochs_only(task):
+    net = small_net()
+    softshare.share_(net, 2)
+    recorder = softshare.SimilarityRecorder(dense_epochs=1, per_epoch=4)
+    fit(net, task, Settings(epochs=2, batch_size=10, rate=0.01), [recorder], progress=False)  # 20 steps an epoch
+    assert recorder.steps == pytest.approx([0, 0.25, 0.5, 0.75, 1, 2])
+    again = softshare.SimilarityRecorder()
+    again.load_state_dict(recorder.state_dict())
+    assert again.steps == recorder.steps and again.matrices().keys() == recorder.matrices().keys()
+    for name, matrices in recorder.matrices().items():
+        assert (again.matrices()[name] == matrices).all()
+
+
+def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch):
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: False, raising=False)
+    fit(small_net(), task, Settings(epochs=1, batch_size=50), title="slow")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("slow epoch 1/1 (25% of it): loss ") and lines[0].endswith(" left") and ":" in lines[0]

@@ -1,0 +1,85 @@
+"""Several processes, one device each, by PyTorch's own engine: started by ``torchrun``, which restarts them after a fault.
+
+Nothing here is needed with one process: every function then says so at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """The number of this process among those that train together, from 0; 0 writes and speaks for all."""
+    return dist.get_rank() if _running() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return dist.get_world_size() if _running() else 1
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did, for the time of a ``with`` block; yields the own device.
+
+    Under torchrun ``cuda`` becomes the GPU of the process's local rank, with nccl between them; on a CPU it is gloo. A group
+    that exists already is used and left alone.
+    """
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 or _running()
+    if together and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    ours = together and not _running()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DistributedDataParallel, which averages gradients; the model itself with one process."""
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def own_part(indices: Tensor) -> tuple[Tensor, float]:
+    """This process's examples of a global batch, and the weight of their mean loss in the mean over processes.
+
+    With the weight, the average over processes is the mean over the global batch whatever its size. A process that would
+    go empty takes one example with weight 0, since all have to take part in every step.
+    """
+    if world_size() == 1:
+        return indices, 1.0
+    part = indices[rank() :: world_size()]
+    if not len(part):
+        return indices[:1], 0.0
+    return part, len(part) * world_size() / len(indices)
+
+
+def average_(values: Tensor) -> Tensor:
+    """Replace values by their mean over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def agree_on_buffers(model: nn.Module) -> None:
+    """Give every process the buffers (BatchNorm statistics) of process 0."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

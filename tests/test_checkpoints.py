@@ -1,0 +1,310 @@
+"""Checkpoints under real faults: kills, damage, full disks, foreign files; and several processes that train together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import softshare
+from softshare import checkpoints, images, models
+from softshare.checkpoints import ForeignCheckpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from softshare.tasks import Classification
+from softshare.training import Settings, fit
+
+HERE = Path(__file__).parent
+RUN = {"run": "a"}
+
+
+@pytest.fixture(scope="module")
+def task():
+    train, test = (images.load("digits", split).shrunk(4) for split in ("train", "test"))
+    return Classification(
+        train.split(90)[0], test.split(50)[0], images.Augmentation(*train.statistics(), flip=False, pad=1)
+    )
+
+
+def filled(folder: Path, steps=(10, 20, 30), identity=RUN) -> list[Path]:
+    return [
+        write_checkpoint(folder, step, identity, {"w": torch.full((50,), float(step))}, {"s": step}) for step in steps
+    ]
+
+
+def test_what_is_written_is_read(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),
+        "b": torch.tensor(7),
+        "c": torch.arange(5, dtype=torch.uint8),
+        "same": torch.ones(2),
+    }
+    tensors["again"] = tensors["same"]  # tied weights stand in a state dict twice
+    path = write_checkpoint(tmp_path / "new" / "folder", 3, RUN, tensors, {"history": [{"loss": 0.1 + 0.2}]})
+    identity, found, facts = read_checkpoint(path)
+    assert identity == RUN and facts == {"history": [{"loss": 0.1 + 0.2}]} and set(found) == set(tensors)
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    assert newest_checkpoint(tmp_path / "new" / "folder", RUN)[0] == path
+    assert newest_checkpoint(tmp_path / "nowhere", RUN) is None
+
+
+@given(st.integers(0, 10**9), st.integers(0, 7))
+def test_any_flipped_bit_is_noticed(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.mktemp("flip")
+    good, bad = filled(folder, (10, 20))
+    data = bytearray(bad.read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    bad.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(bad)
+    with pytest.warns(UserWarning, match=bad.name):
+        assert newest_checkpoint(folder, RUN)[0] == good
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True))
+def test_a_file_cut_short_anywhere_is_noticed(tmp_path_factory, share):
+    folder = tmp_path_factory.mktemp("cut")
+    good, bad = filled(folder, (10, 20))
+    bad.write_bytes(bad.read_bytes()[: int(share * bad.stat().st_size)])
+    with pytest.warns(UserWarning, match=f"{bad.name} is damaged"):
+        assert newest_checkpoint(folder, RUN)[0] == good
+
+
+def test_foreign_files_are_refused_by_name(tmp_path):
+    good = filled(tmp_path, (10,))[0]
+    other = filled(tmp_path, (20,), {"run": "b", "epochs": 3})[0]
+    stranger = tmp_path / "step-00000030-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors"
+    stranger.write_bytes(b"not a checkpoint at all")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning) as told:
+        assert newest_checkpoint(tmp_path, RUN)[0] == good
+    text = "\n".join(str(warning.message) for warning in told)
+    assert (
+        other.name in text and 'run "b", here "a"' in text and "epochs 3, here null" in text and stranger.name in text
+    )
+    stranger.unlink()
+    good.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ForeignCheckpoint, match="a folder of its own"):
+        newest_checkpoint(tmp_path, RUN)
+    with pytest.raises(ForeignCheckpoint, match="names are like"):
+        read_checkpoint(tmp_path / "notes.txt")
+
+
+def test_a_safetensors_file_of_others_is_foreign(tmp_path):
+    import hashlib
+
+    from safetensors.torch import save
+
+    data = save({"w": torch.ones(3)})
+    path = tmp_path / f"step-00000010-aaaaaaaa-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ForeignCheckpoint, match="not of format"):
+        read_checkpoint(path)
+
+
+def test_pruning_keeps_the_newest_and_what_is_not_ours(tmp_path):
+    first, second, third, stale = filled(tmp_path, (10, 20, 30, 40))
+    other = filled(tmp_path, (5,), {"run": "b"})[0]
+    left = tmp_path / f"{third.name}.123.part"
+    left.write_bytes(b"half")
+    checkpoints.prune_checkpoints(tmp_path, 30, RUN)
+    assert sorted(tmp_path.iterdir()) == sorted([other, second, third])
+
+
+def test_a_finished_run_is_taken_up_at_its_end(task, tmp_path):
+    settings = Settings(epochs=2, batch_size=20, rate=0.05)
+    nets = [models.swrn(16, 1) for _ in range(2)]
+    recorders = [softshare.SimilarityRecorder() for _ in nets]
+    histories = [
+        fit(net, task, settings, [recorder], progress=False, checkpoints=tmp_path)
+        for net, recorder in zip(nets, recorders, strict=True)
+    ]
+    assert histories[0] == histories[1] and recorders[1].steps == [0, 1, 2]
+    for name, value in nets[0].state_dict().items():
+        assert torch.equal(nets[1].state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda: models.swrn(16, 2)}, "belongs to another run .*parameters"),
+        ({"model": lambda: models.wrn(16, 1)}, "belongs to another run .*model"),
+        ({"settings": {"rate": 0.2}}, r"rate 0\.05, here 0\.2"),
+        ({"settings": {"epochs": 2}}, "epochs 1, here 2"),
+        ({"settings": {"seed": 1}}, "seed 0, here 1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(task, tmp_path, change, message):
+    start = {"epochs": 1, "batch_size": 30, "rate": 0.05}
+    fit(models.swrn(16, 1), task, Settings(**start), progress=False, checkpoints=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model = change.get("model", lambda: models.swrn(16, 1))()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+        fit(model, task, Settings(**start | change.get("settings", {})), progress=False, checkpoints=tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_run_stopped_by_an_error_goes_on_to_the_same_weights(task, tmp_path, optimizer, precision, monkeypatch):
+    """In the middle of an epoch, with a gradient scaler and with Adam's own tensors."""
+    settings = Settings(epochs=3, batch_size=20, rate=0.01, optimizer=optimizer, precision=precision, penalty=0.01)
+    net = models.swrn(16, 1, dropout=0.2)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    fit(net, task, settings, progress=False, device="cpu")
+    calls = 0
+    batch = Classification.batch
+
+    def failing(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 9:  # step 4 of epoch 2
+            raise Stop
+        return batch(self, *arguments)
+
+    monkeypatch.setattr(Classification, "batch", failing)
+    other = models.swrn(16, 1, dropout=0.2)
+    other.load_state_dict(start)
+    arguments = {"progress": False, "device": "cpu", "checkpoints": tmp_path, "checkpoint_seconds": 0}
+    with pytest.raises(Stop):
+        fit(other, task, settings, **arguments)
+    assert any(path.name.startswith("step-00000008") for path in tmp_path.iterdir())
+    again = models.swrn(16, 1, dropout=0.2)  # of other initial weights
+    history = fit(again, task, settings, **arguments)
+    assert len(history) == 3
+    for name, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_an_infinite_loss_names_step_and_last_good_checkpoint(task, tmp_path):
+    net = models.swrn(16, 1)
+
+    def spoil(model, epoch):
+        if epoch == 1:
+            with torch.no_grad():
+                model.stem.weight.fill_(float("nan"))
+
+    settings = Settings(epochs=3, batch_size=20, rate=0.05)
+    with pytest.raises(FloatingPointError, match=r"step 1 of 5 in epoch 2 of 3 at rate 0\.01 in float32") as error:
+        fit(net, task, settings, [spoil], "cpu", progress=False, checkpoints=tmp_path, checkpoint_seconds=0)
+    newest, tensors, _ = newest_checkpoint(tmp_path, read_checkpoint(next(tmp_path.iterdir()))[0])
+    assert str(newest) in str(error.value) and newest.name.startswith("step-00000004")
+    assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model."))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A real file system of 6 MB."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("making a file system needs to be root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(task, tiny_disk):
+    net = models.swrn(16, 1)  # about 1.4 MB a checkpoint
+    settings = Settings(epochs=2, batch_size=20, rate=0.05)
+
+    def fill(model, epoch):
+        if epoch == 1:
+            room = os.statvfs(tiny_disk)
+            (tiny_disk / "others").write_bytes(bytes(room.f_bavail * room.f_bsize - 300_000))
+
+    with pytest.warns(UserWarning, match="no checkpoint could be written .*No space left.*training goes on"):
+        history = fit(net, task, settings, [fill], "cpu", progress=False, checkpoints=tiny_disk, checkpoint_seconds=0)
+    assert len(history) == 2 and not list(tiny_disk.glob("*.part"))
+    kept = [path for path in tiny_disk.iterdir() if path.suffix == ".safetensors"]
+    assert kept and [read_checkpoint(path)[2]["epoch"] for path in kept] == [1] * len(kept)
+    (tiny_disk / "others").unlink()
+    again = models.swrn(16, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(again, task, settings, [lambda model, epoch: None], "cpu", progress=False, checkpoints=tiny_disk)
+    for name, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("mode", "seed"), [("random", 1), ("random", 2), ("random", 3), ("writes", 4)])
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path, mode, seed):
+    run = [sys.executable, str(HERE / "interrupted.py"), str(tmp_path / "checkpoints"), mode, str(seed)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["found"] == found["expected"]
+    assert found["kills"] >= 10 and len(found["reached"]) >= 5 and len(found["left"]) == 2
+
+
+@pytest.mark.long
+def test_a_compiler_that_fails_is_left_out_and_says_so(task):
+    """A real failure: the C++ compiler that torch.compile calls on a CPU does not exist."""
+    code = """
+import warnings, torch, softshare
+from softshare import images, models
+from softshare.tasks import Classification
+from softshare.training import Settings, fit
+torch.set_num_threads(1)
+train = images.load("digits", "train").shrunk(4).split(60)[0]
+ends = []
+for compile in (False, True):
+    torch.manual_seed(0)
+    net = models.swrn(16, 1, dropout=0.2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(net, Classification(train), Settings(epochs=1, batch_size=20, compile=compile), progress=False, device="cpu")
+    ends.append(net.state_dict())
+said = [str(w.message) for w in told if "torch.compile failed" in str(w.message)]
+assert len(said) == 1 and "training goes on without it" in said[0], said
+assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+"""
+    broken = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CPP_WRAPPER": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | broken, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def together(tmp_path: Path, name: str, processes: int, kill: int = 0) -> list[dict]:
+    script = [str(HERE / "together.py"), str(tmp_path / name), str(tmp_path / f"{name}-checkpoints"), str(kill)]
+    run = [sys.executable, *script]
+    if processes > 1:
+        engine = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=2"]
+        run = [sys.executable, *engine, *script]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((tmp_path / name / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one_and_survive_a_killed_worker(tmp_path):
+    alone = together(tmp_path, "alone", 1)[0]
+    pair = together(tmp_path, "pair", 2)
+    assert [found["world"] for found in pair] == [2, 2]
+    for found in pair:
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(found["coefficients"]), torch.tensor(alone["coefficients"]), rtol=1e-4, atol=1e-6
+        )
+    assert pair[0]["digest"] == pair[1]["digest"]  # weights and templates stay in step, to the bit
+    assert pair[0]["losses"] == pair[1]["losses"] and pair[0]["accuracy"] == pair[1]["accuracy"]
+    assert not list(tmp_path.glob("pair-checkpoints/*.part"))
+
+    killed = together(tmp_path, "killed", 2, kill=3)
+    assert [found["life"] for found in killed] == [1, 1]  # both were started again
+    assert [found["digest"] for found in killed] == [found["digest"] for found in pair]
+    assert killed[0]["losses"] == pair[0]["losses"]
