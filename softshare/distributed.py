@@ -83,3 +83,9 @@ def agree_on_buffers(model: nn.Module) -> None:
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    """Wait until all processes have come this far."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,186 +1,448 @@
-"""Training runs and their records: what was trained, on what, by whom, and what came out.
+"""The recipes: one for every row and figure of the poster that our own networks can fill, in three profiles.
 
-A record is one JSON file, ``<recipe>-<profile>-s<seed>-<hash>.json``, with the similarity snapshots in an ``.npz`` of the
-same name beside it. The hash is of what decides the outcome: recipe, its version, profile, seed, configuration and the
-data's fingerprint. Figures and tables are made from records alone.
+``run("SWRN 28-10-2*", profile="paper", seed=0)`` trains one and writes its record; a second call finds the record. Profile
+"fast" is a toy of the same kind (same depth and templates, little width, few and small images) that runs in seconds on two
+CPU cores, "gpu" the poster's network with a schedule of minutes on one GPU, "paper" the paper's own schedule.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
-import os
-import platform
-import re
-import subprocess
+import copy
+import functools
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
+from . import distributed, images, models, shortest_path
+from .augmentation import Augmentation
+from .checkpoints import read_checkpoint
+from .records import PROFILES, Record, read_record, record_path, runs_folder, write_record
 from .sharing import banks
 from .similarity import SimilarityRecorder
-from .tasks import Task
-from .training import Settings, fit, pick_device, pick_precision
-
-PROFILES = ("fast", "gpu", "paper")
-RECIPE_VERSION = 1
-"""Raised only when the meaning of training changes, so that older records are not taken for new ones."""
-
-_FORMAT = "softshare record 1"
-_FIELDS = {
-    "format": str,
-    "recipe": str,
-    "recipe_version": int,
-    "profile": str,
-    "seed": int,
-    "hash": str,
-    "config": dict,
-    "data": dict,
-    "metrics": dict,
-    "history": list,
-    "environment": dict,
-}
+from .streaming import StreamedImages
+from .tasks import Classification, Curriculum, ShortestPaths, Task, path_scores
+from .training import Settings, evaluate, fit, pick_device, pick_precision
 
 
 @dataclass(frozen=True)
-class Record:
-    """One run, as it stands in its file.
+class Recipe:
+    """One row or figure of the poster.
 
     Attributes:
-        recipe: what was run, by name.
-        recipe_version: see `RECIPE_VERSION`.
-        profile: "fast", "gpu" or "paper".
-        seed: of the run.
-        hash: of recipe, version, profile, seed, config and data.
-        config: everything that was chosen: model, settings, sizes.
-        data: source in words and fingerprint.
-        metrics: what came out, flat, by name.
-        history: one dict an epoch, from `softshare.training.fit`; [] where nothing was trained.
-        environment: device, versions, git revision (and whether it was dirty), wall time, date.
-        path: of the JSON file.
+        name: what the poster calls it.
+        network: by the names of `softshare.models.build`.
+        task: "cifar", "paths" or "imagenet".
+        shows: where it stands on the poster, or what it is the control for.
+        data: names of data sets that it is run on, for `softshare.images.load`; () for generated grids.
+        cutout: side of the hole at 32 x 32 pixels; 0: none.
+        penalty: lambda of the recurrence penalty.
+        layers: of a grid network.
+        dense_epochs: in so many first epochs similarities are recorded 20 times an epoch.
     """
 
-    recipe: str
-    recipe_version: int
+    name: str
+    network: str
+    task: str
+    shows: str
+    data: tuple[str, ...] = ("cifar10",)
+    cutout: int = 0
+    penalty: float = 0.0
+    layers: int = 20
+    dense_epochs: int = 0
+
+
+_PARAMETERS = "table Improved Parameter Efficiency"
+_SEARCH = "table Comparison to Neural Architecture Search"
+_CURRICULUM = "figure of the shortest-path curriculum"
+
+
+def _recipes() -> dict[str, Recipe]:
+    both = ("cifar10", "cifar100")
+    names = ["WRN 28-10", "WRN 28-10*", "SWRN 28-10*", "SWRN 28-10-2*", "SWRN 28-14*", "SWRN 28-14-2*"]
+    names += ["SWRN 28-18*", "SWRN 28-18-2*"]
+    recipes = [Recipe(name, name, "cifar", _PARAMETERS, both) for name in names]
+    for name in ("WRN 28-10", "SWRN 28-6-2", "SWRN 28-10-2", "SWRN 28-14-2"):
+        recipes.append(Recipe(f"{name} cutout", name, "cifar", _SEARCH, cutout=16))
+    recipes += [
+        Recipe("WRN 28-6 cutout", "WRN 28-6", "cifar", "control for SWRN 28-6-2 cutout", cutout=16),
+        Recipe("WRN 28-6", "WRN 28-6", "cifar", "control for WRN 28-6 cutout", both),
+        Recipe("SWRN 40-8-8", "SWRN 40-8-8", "cifar", "figures of similarity and folding", dense_epochs=5),
+        Recipe("WRN 50-2", "WRN 50-2", "imagenet", "table ImageNet", ()),
+        Recipe("SWRN 50-2", "SWRN 50-2", "imagenet", "table ImageNet", ()),
+        Recipe("CNN", "CNN", "paths", _CURRICULUM, ()),
+        Recipe("SCNN", "SCNN", "paths", _CURRICULUM, ()),
+        Recipe("SCNN-5", "SCNN-5", "paths", f"{_CURRICULUM}, fewer templates", ()),
+        Recipe("SCNN-1", "SCNN-1", "paths", f"{_CURRICULUM}, one template", ()),
+    ]
+    for penalty in (1e-2, 1e-3, 1e-4):
+        shows = f"{_CURRICULUM}, regularised"
+        recipes.append(Recipe(f"SCNN lambda {penalty:g}", "SCNN", "paths", shows, (), penalty=penalty))
+    deep = "figure of the similarity of a 100-layer network over training"
+    recipes.append(Recipe("SCNN 100 layers", "SCNN-100", "paths", deep, (), layers=100, dense_epochs=2))
+    return {recipe.name: recipe for recipe in recipes}
+
+
+RECIPES = _recipes()
+"""All recipes by the poster's names."""
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name; ``, cutout`` and spaces may be written as people do. Raises ValueError for an unknown one."""
+    plain = " ".join(str(name).replace(",", " ").split())
+    if plain not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[plain]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in one profile with everything chosen: what a record's `config` holds.
+
+    Attributes:
+        network: the one that is built; in profile "fast" a narrow relative of the recipe's.
+        settings: without the seed.
+        sizes: numbers of examples, sides, phases.
+    """
+
+    recipe: Recipe
     profile: str
-    seed: int
-    hash: str
-    config: dict[str, Any]
-    data: dict[str, str]
-    metrics: dict[str, Any]
-    history: list[dict[str, float]]
-    environment: dict[str, Any]
-    path: Path
+    network: str
+    settings: Settings
+    sizes: dict[str, Any] = field(default_factory=dict)
 
-    def similarity(self) -> SimilarityRecorder:
-        """The snapshots of coefficients. Raises FileNotFoundError if the run recorded none."""
-        return SimilarityRecorder.load(self.path.with_suffix(".npz"))
+    def config(self) -> dict[str, Any]:
+        """As JSON."""
+        settings = asdict(self.settings) | {"milestones": list(self.settings.milestones)}
+        chosen = {"cutout": self.recipe.cutout, "layers": self.recipe.layers, "dense_epochs": self.recipe.dense_epochs}
+        return {"network": self.network, "task": self.recipe.task, "settings": settings, **chosen, "sizes": self.sizes}
 
 
-def runs_folder(runs: str | Path = "", profile: str = "fast") -> Path:
-    """Where records go: the given folder, or by default data/runs of a checkout, ./runs without one.
-
-    Records of profile "fast" go to a subfolder, fast, that git ignores.
-    """
-    if runs:
-        return Path(runs)
-    checkout = Path(__file__).resolve().parent.parent
-    folder = checkout / "data" / "runs" if (checkout / "pyproject.toml").is_file() else Path.cwd() / "runs"
-    return folder / "fast" if profile == "fast" else folder
-
-
-def run_hash(recipe: str, profile: str, seed: int, config: Mapping[str, Any], data: Mapping[str, str]) -> str:
-    """Twelve hexadecimal digits of what decides a run's outcome. Package version and git revision do not count."""
-    parts = [recipe, RECIPE_VERSION, profile, seed, config, data]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_record(
-    recipe: str,
-    *,
-    profile: str,
-    seed: int,
-    config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    data: Mapping[str, str] | None = None,
-    history: list[dict[str, float]] | None = None,
-    similarity: SimilarityRecorder | None = None,
-    seconds: float = 0.0,
-    device: str = "cpu",
-    runs: str | Path = "",
-) -> Record:
-    """Write a record, by way of a temporary name, and return it. Raises ValueError for an unknown profile."""
-    _check_profile(profile)
-    data = dict(data or {})
-    digest = run_hash(recipe, profile, seed, config, data)
-    slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
-    path = runs_folder(runs, profile) / f"{slug}-{profile}-s{seed}-{digest}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if similarity is not None and similarity.coefficients:
-        similarity.save(path.with_suffix(".npz"))
-    record = {
-        "format": _FORMAT,
-        "recipe": recipe,
-        "recipe_version": RECIPE_VERSION,
-        "profile": profile,
-        "seed": seed,
-        "hash": digest,
-        "config": dict(config),
-        "data": data,
-        "metrics": dict(metrics),
-        "history": history or [],
-        "environment": environment(device) | {"seconds": round(seconds, 3)},
-    }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return read_record(path)
-
-
-def _check_profile(profile: str) -> None:
+def plan(name: str, profile: str, seed: int = 0) -> Plan:
+    """What `run` will do. Raises ValueError for an unknown recipe or profile."""
+    recipe = find_recipe(name)
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    fast, paper = profile == "fast", profile == "paper"
+    network = recipe.network
+    if recipe.task == "cifar":
+        if fast:  # the same depth and templates, width 1
+            family, numbers = network.split(" ")
+            depth, _, *templates = numbers.rstrip("*").split("-")
+            network = f"{family} {'-'.join([depth, '1', *templates])}{'*' * network.endswith('*')}"
+        sizes: dict[str, Any] = {"train": None, "held_out": 0, "test": None, "side": 32}
+        if not paper:  # the seeded split of the authors' code is 90 / 10
+            sizes |= {"train": 45_000, "held_out": 5_000}
+        if fast:
+            sizes |= {"train": 300, "held_out": 100, "test": 200, "side": 16}
+        epochs = {"fast": 2, "gpu": 10, "paper": 200}[profile]
+        settings = Settings(epochs=epochs, batch_size=50 if fast else 128, penalty=recipe.penalty, seed=seed)
+    elif recipe.task == "paths":
+        sizes = {"side": 32, "boxes": [5, 9, 13, 17, 21], "obstacles": 0.1, "train": 5_000, "held_out": 1_000}
+        sizes |= {"epochs_a_phase": {"fast": 1, "gpu": 10, "paper": 50}[profile], "width": 32}
+        if fast:
+            sizes |= {"side": 12, "boxes": [5, 9], "train": 200, "held_out": 100, "width": 8}
+        epochs = sizes["epochs_a_phase"] * len(sizes["boxes"])
+        settings = Settings(
+            epochs=epochs,
+            batch_size=100,
+            optimizer="adam",
+            rate=0.01,
+            milestones=(),
+            weight_decay=0.0,
+            penalty=recipe.penalty,
+            seed=seed,
+        )
+    else:
+        # The recipe of the poster's ImageNet rows is not known; this is the usual one for such networks.
+        sizes = {"side": 64 if fast else 224}
+        settings = Settings(
+            epochs={"fast": 1, "gpu": 5, "paper": 100}[profile],
+            batch_size=32 if fast else 256,
+            milestones=(0.3, 0.6, 0.9),
+            factor=0.1,
+            weight_decay=1e-4,
+            seed=seed,
+        )
+    return Plan(recipe, profile, network, settings, sizes)
 
 
-def read_record(path: str | Path) -> Record:
-    """Read and check a record.
+def _load(name: str | None, plan: Plan, download: bool) -> tuple[images.ImageSet, images.ImageSet]:
+    if name is None and plan.profile == "fast":
+        try:
+            return _load("cifar10", plan, False)
+        except FileNotFoundError:
+            name = "digits"
+    name = name or plan.recipe.data[0]
+    return images.load(name, "train", download=download), images.load(name, "test", download=download)
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a record, a field missing or of the wrong type, or content that does not fit its hash.
+
+def _image_tasks(plan: Plan, name: str | None, download: bool) -> tuple[Task, Task, dict[str, str], int]:
+    seed, sizes = plan.settings.seed, plan.sizes
+    train, test = _load(name, plan, download)
+    data = {"source": train.source, "fingerprint": f"{train.fingerprint[:32]} {test.fingerprint[:32]}"}
+    held_out = None
+    if sizes["train"] is not None:
+        share = min(sizes["train"], round(0.9 * len(train.labels)))
+        train, rest = train.split(share, seed)
+        held_out = rest if len(rest.labels) <= sizes["held_out"] else rest.split(sizes["held_out"], seed)[0]
+    if sizes["test"] is not None and sizes["test"] < len(test.labels):
+        test = test.split(sizes["test"], seed)[0]
+    shrink = train.images.shape[-1] // sizes["side"]
+    if shrink > 1:
+        train, test = train.shrunk(shrink), test.shrunk(shrink)
+        held_out = None if held_out is None else held_out.shrunk(shrink)
+    augmentation = Augmentation(
+        *train.statistics(), flip=train.source != "digits", pad=4 // shrink, cutout=plan.recipe.cutout // shrink
+    )
+    task = Classification(train, held_out, augmentation)
+    return task, Classification(train, test, augmentation), data, len(train.classes)
+
+
+def _tasks(plan: Plan, data: str | None, download: bool) -> tuple[Task, Task, dict[str, str], int | None]:
+    """The task to train on, the one to test on at the end, the data as a record has it, and the number of classes."""
+    if plan.recipe.task == "paths":
+        return *_path_tasks(plan), None
+    if plan.recipe.task == "cifar":
+        return _image_tasks(plan, data, download)
+    if data is None:
+        raise ValueError(
+            f"{plan.recipe.name} streams its images from a folder with train/<class>/<file> and val/<class>/<file>; name it "
+            "with data= (--data on the command line)"
+        )
+    train = StreamedImages(data, plan.sizes["side"], held_out=None)
+    test = StreamedImages(data, plan.sizes["side"])
+    return train, test, {"source": test.source, "fingerprint": test.fingerprint}, len(test.classes)
+
+
+def _path_tasks(plan: Plan) -> tuple[Task, Task, dict[str, str]]:
+    sizes, seed = plan.sizes, plan.settings.seed
+    size, obstacles = sizes["side"], sizes["obstacles"]
+
+    def phases(examples: int, held_out: int, first: int) -> list[ShortestPaths]:
+        made = []
+        for phase, box in enumerate(sizes["boxes"]):
+            train = shortest_path.generate(examples, size, box, obstacles, first + 100 * seed + phase)
+            # Validation grids are the same for all seeds and networks, and are drawn from seeds that nobody trains on.
+            made.append(
+                ShortestPaths(train, shortest_path.generate(held_out, size, box, obstacles, first + 10**6 + phase))
+            )
+        return made
+
+    task = Curriculum(phases(sizes["train"], sizes["held_out"], 0), sizes["epochs_a_phase"])
+    test = phases(1, sizes["held_out"], 2 * 10**6)[-1]
+    data = {"source": "shortest paths, generated", "fingerprint": f"training seeds from {100 * seed}"}
+    return task, test, data
+
+
+def settled(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """A copy in eval mode whose BatchNorm statistics are taken anew on inputs (N, ...), on the model's device.
+
+    At a high rate the running statistics lag behind the weights, and scores jump from epoch to epoch.
     """
-    path = Path(path)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a record: {error}") from error
-    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a record of format {_FORMAT!r}")
-    for name, kind in _FIELDS.items():
-        if not isinstance(fields.get(name), kind):
-            raise ValueError(f"{path}: the field {name!r} is missing or no {kind.__name__}")
-    expected = run_hash(fields["recipe"], fields["profile"], fields["seed"], fields["config"], fields["data"])
-    if fields["recipe_version"] == RECIPE_VERSION and fields["hash"] != expected:
-        raise ValueError(f"{path}: its hash is {fields['hash']}, its content's {expected}; it was changed by hand")
-    return Record(path=path, **{name: fields[name] for name in _FIELDS if name != "format"})
+    model = copy.deepcopy(model)
+    device = next(model.parameters()).device
+    update_bn((some.to(device) for some in inputs.split(250)), model)
+    return model.eval()
 
 
-def find_records(folder: str | Path, recipe: str | None = None, profile: str | None = None) -> list[Record]:
-    """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder.
+class _PhaseEnds:
+    """Settled scores at the end of each phase of a curriculum; a callback for `fit` that travels in checkpoints."""
 
-    Raises ValueError for an unknown profile, or a file that is no record (see `read_record`).
+    keys = ("exact", "f1", "hard_f1")
+
+    def __init__(self, task: Curriculum, precision: str) -> None:
+        self.task, self.precision = task, precision
+        self.rows: list[list[float]] = []  # phases of exact, f1, hard_f1
+
+    def __call__(self, model: nn.Module, epoch: int) -> None:
+        if epoch and epoch % self.task.epochs == 0 and len(self.rows) < len(self.task.phases):
+            phase = self.task.at(epoch)
+            found = evaluate(settled(model, phase.train.inputs[:1000].float()), phase, self.precision)
+            self.rows.append([found[key] for key in self.keys])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(self.rows, dtype=torch.float64).view(-1, len(self.keys))}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.rows = state["rows"].tolist()
+
+    def metrics(self) -> dict[str, float]:
+        """By phase, beside what the rectangle rule scores on the same grids."""
+        found = {}
+        for number, (phase, row) in enumerate(zip(self.task.phases, self.rows, strict=True), start=1):
+            assert phase.held_out is not None
+            rule = path_scores(shortest_path.rectangle_rule(phase.held_out.inputs), phase.held_out)
+            for key, value in zip(self.keys, row, strict=True):
+                found[f"phase{number}_{key}"] = value
+                found[f"rule_phase{number}_{key}"] = rule[key]
+        return found
+
+
+def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
+    """Where the checkpoints of the run with that record are kept.
+
+    In a subfolder of the record's name: of the given folder, or by default of data/checkpoints of a checkout (ignored by
+    git) or ./checkpoints.
     """
-    if profile is not None:
-        _check_profile(profile)
-    records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
-    return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]
+    checkout = runs_folder(profile="paper").parent / "checkpoints"
+    return (Path(checkpoints).expanduser() if checkpoints else checkout) / record.stem
+
+
+def build(name: str, profile: str, seed: int = 0, num_classes: int | None = None) -> nn.Module:
+    """The network that a recipe trains, as it is before training."""
+    chosen = plan(name, profile, seed)
+    torch.manual_seed(seed)
+    if chosen.recipe.task == "paths":
+        shared = chosen.network.startswith("S")
+        templates = int(chosen.network.partition("-")[2] or chosen.recipe.layers)
+        return models.gridnet(chosen.recipe.layers, chosen.sizes["width"], templates if shared else None)
+    return models.build(chosen.network, num_classes)
+
+
+def run(
+    name: str,
+    profile: str = "fast",
+    seed: int = 0,
+    data: str | None = None,
+    device: str | None = None,
+    runs: str | Path = "",
+    checkpoints: str | Path = "",
+    download: bool = False,
+    progress: bool = True,
+) -> Record:
+    """Train a recipe and write its record, or find the record of the same run.
+
+    A run that was killed goes on from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
+    Under ``torchrun`` all its processes train together.
+
+    Args:
+        name: one of `RECIPES`.
+        profile: "fast", "gpu" or "paper".
+        seed: of weights, split, order, augmentation and dropout.
+        data: a data set by name or path, see `softshare.images.load`; for ImageNet recipes the path of a folder. Default:
+            the first one of the recipe; in profile "fast" CIFAR-10 where a copy is at hand, else the embedded digits.
+        device: default: CUDA where there is one.
+        runs: folder of records, see `softshare.records.runs_folder`.
+        checkpoints: see `checkpoints_folder`.
+        download: fetch the data set if no copy is found.
+        progress: whether to show progress.
+
+    Raises ValueError for an unknown recipe, profile or data set, FileNotFoundError where there is no copy of the data.
+    """
+    chosen = plan(name, profile, seed)
+    with distributed.process_group(pick_device(device)) as place:
+        task, test, source, classes = _tasks(chosen, data, download)
+        path = record_path(chosen.recipe.name, profile, seed, chosen.config(), source, runs)
+        if path.exists():
+            return read_record(path)
+        model = build(name, profile, seed, classes)
+        similarity = SimilarityRecorder(chosen.recipe.dense_epochs, per_epoch=20)
+        ends = _PhaseEnds(task, chosen.settings.precision) if isinstance(task, Curriculum) else None
+        callbacks: list[Any] = [similarity] if ends is None else [similarity, ends]
+        folder = checkpoints_folder(path, checkpoints)
+        title = f"{chosen.recipe.name} ({profile}, seed {seed})"
+        history = fit(model, task, chosen.settings, callbacks, place, title, progress, folder)
+        metrics = {
+            f"last_{key}": value for key, value in history[-1].items() if key not in ("epoch", "rate", "seconds")
+        }
+        metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        metrics |= ends.metrics() if ends is not None else {}
+        metrics |= evaluate(
+            model, test, chosen.settings.precision
+        )  # the only time that the test examples are looked at
+        if isinstance(task, Curriculum):
+            calm = settled(model, task.phases[-1].train.inputs[:1000].float())
+            found = evaluate(calm, test, chosen.settings.precision)
+            metrics |= {f"settled_{key}": value for key, value in found.items()}
+        if distributed.rank() == 0:
+            write_record(
+                chosen.recipe.name,
+                profile=profile,
+                seed=seed,
+                config=chosen.config(),
+                metrics=metrics,
+                data=source,
+                history=history,
+                similarity=similarity,
+                seconds=sum(row["seconds"] for row in history),
+                device=str(place),
+                precision=str(pick_precision(chosen.settings.precision, place)).removeprefix("torch."),
+                runs=runs,
+            )
+        distributed.barrier()
+        return read_record(path)
+
+
+def test_task(name: str, profile: str, seed: int = 0, data: str | None = None) -> tuple[Task, dict[str, str]]:
+    """The task that `run` tests on at the end, and its data as a record has it."""
+    _, test, source, _ = _tasks(plan(name, profile, seed), data, download=False)
+    return test, source
+
+
+def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
+    """The network of a record with its trained weights, from the last checkpoint, in eval mode on the CPU.
+
+    Raises FileNotFoundError where that is not kept any more: delete the record and run the recipe again.
+    """
+    folder = checkpoints_folder(record.path, checkpoints)
+    found = sorted(folder.glob("step-*.safetensors"))
+    if not found:
+        raise FileNotFoundError(
+            f"the weights of {record.path.name} are not in {folder}; records travel, checkpoints do not. To train it again, "
+            "move the record away and run the recipe"
+        )
+    tensors = read_checkpoint(found[-1])[1]
+    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    classes = len(state["classifier.bias"]) if "classifier.bias" in state else None
+    model = build(record.recipe, record.profile, record.seed, classes)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+CPU_SPEED, GPU_SPEED = 55e9, 8e12
+"""Multiply-adds a second in training, for estimates. CPU: measured, one thread of a 2023 Xeon in float32 (WRN 16-4 at 47
+images/s). GPU: assumed, a quarter of what a T4 is built for in float16; not measured."""
+
+_LAUNCHES = 3e-4  # seconds a layer and step that a GPU needs however small the layer; assumed, not measured
+
+
+@functools.lru_cache(maxsize=64)
+def multiply_adds(network: str, layers: int, side: int, width: int) -> float:
+    """Multiply-adds of one example's forward pass, those of the plain network: mixing is not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        if "CNN" in network:
+            model: nn.Module = models.gridnet(layers, width)
+            x = torch.zeros(1, 2, side, side)
+        else:
+            family, numbers = network.removeprefix("S").split(" ")
+            model = models.build(f"{family} {'-'.join(numbers.rstrip('*').split('-')[:2])}").eval()
+            x = torch.zeros(1, 3, side, side)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() / 2
+
+
+def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
+    """An estimate of a run's time, from its network's multiply-adds (three times forward).
+
+    Args:
+        speed: multiply-adds a second; default: `CPU_SPEED` or `GPU_SPEED`.
+    """
+    sizes, settings = plan.sizes, plan.settings
+    examples = sizes.get("train") or {"cifar": 50_000, "imagenet": 1_281_167}[plan.recipe.task]
+    forward = multiply_adds(plan.network, plan.recipe.layers, sizes["side"], sizes.get("width", 0))
+    seconds = 3 * forward * examples * settings.epochs / (speed or (GPU_SPEED if gpu else CPU_SPEED))
+    if gpu and plan.recipe.task == "paths":
+        return max(seconds, _LAUNCHES * plan.recipe.layers * examples / settings.batch_size * settings.epochs)
+    return seconds
 
 
 def train(
@@ -196,7 +458,7 @@ def train(
     runs: str | Path = "",
     progress: bool = True,
 ) -> Record:
-    """Train a model in place with `softshare.training.fit` and write the record, similarities of every epoch included.
+    """Train any model in place with `softshare.training.fit` and write the record, similarities of every epoch included.
 
     Args:
         recipe: the name of the run, say "SWRN 28-10-2 cutout".
@@ -207,7 +469,6 @@ def train(
         config: whatever else decides the outcome.
         runs: folder for the record, see `runs_folder`.
     """
-    _check_profile(profile)
     place = pick_device(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     groups = {name: [bank.num_layers, bank.num_templates] for name, bank in banks(model).items()}
@@ -216,10 +477,9 @@ def train(
         "banks": groups,
         "examples": task.size,
         "settings": asdict(settings) | {"milestones": list(settings.milestones)},
-        "autocast": str(pick_precision(settings.precision, place)).removeprefix("torch."),
         **(config or {}),
     }
-    run_hash(recipe, profile, settings.seed, chosen, data)  # what cannot be written fails here, not after the training
+    record_path(recipe, profile, settings.seed, chosen, data, runs)  # what cannot be written fails here, not at the end
     similarity = SimilarityRecorder()
     started = time.perf_counter()
     history = fit(model, task, settings, callbacks=[similarity], device=place, title=recipe, progress=progress)
@@ -236,44 +496,6 @@ def train(
         similarity=similarity,
         seconds=seconds,
         device=str(place),
+        precision=str(pick_precision(settings.precision, place)).removeprefix("torch."),
         runs=runs,
     )
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Where a run took place: device, versions, git revision or None, and the date (UTC)."""
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    )
-    return {
-        "device": device,
-        "hardware": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "softshare": _version(),
-        **_revision(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _version() -> str:
-    from . import __version__
-
-    return __version__
-
-
-def _revision() -> dict[str, Any]:
-    """The checkout's commit and whether it has uncommitted changes; None where there is no checkout."""
-    top = Path(__file__).resolve().parent.parent
-    if not (top / "pyproject.toml").is_file():
-        return {"revision": None, "dirty": None}
-    try:
-        run = ("git", "-C", str(top))
-        revision = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return {"revision": None, "dirty": None}
-    return {"revision": revision.stdout.strip(), "dirty": bool(status.stdout.strip())}

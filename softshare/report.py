@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from .experiments import Record
+from .experiments import RECIPES
+from .records import Record
 
 TABLES = ("cifar", "imagenet", "search")
 
@@ -29,7 +30,7 @@ def paper_table(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def measured(records: Sequence[Record], recipe: str, metric: str, data: str) -> str:
+def measured(records: Sequence[Record], recipe: str, metric: str, data: str, digits: int = 2) -> str:
     """What records say of one cell: mean, spread, runs, profile and data edition; "not run" without a record.
 
     Only records of profile "paper" fill a cell of the paper's schedule; shorter ones are never shown in their place.
@@ -46,8 +47,64 @@ def measured(records: Sequence[Record], recipe: str, metric: str, data: str) -> 
         return NOT_RUN
     values = [float(record.metrics[metric]) for record in runs]
     sources = ", ".join(sorted({record.data["source"] for record in runs}))
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources})"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return (
+        f"{statistics.mean(values):.{digits}f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources})"
+    )
+
+
+COLUMNS = {
+    "cifar": (
+        ("C-10", "cifar10_error", "error", "CIFAR-10"),
+        ("C-100", "cifar100_error", "error", "CIFAR-100"),
+    ),
+    "imagenet": (("top-1", "top1_error", "top1_error", "ImageNet"), ("top-5", "top5_error", "top5_error", "ImageNet")),
+    "search": (("C-10", "cifar10_error", "error", "CIFAR-10"),),
+}
+"""Of each table: the column's title, its name in the CSV file, the metric in records, and the data set."""
+
+NOT_OURS = "not part of this project"
+
+
+def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, str]]:
+    """A published table with a column "..., measured here" after each figure, filled from records alone.
+
+    Raises ValueError for an unknown table.
+    """
+    rows = []
+    for row in paper_table(name):
+        cells = {"model": row["model"], "parameters (millions)": row["parameters_millions"]}
+        for title, column, metric, data in COLUMNS[name]:
+            cells[f"{title}, poster"] = row[column]
+            known = row["model"] in RECIPES
+            cells[f"{title}, measured here"] = measured(records, row["model"], metric, data) if known else NOT_OURS
+        rows.append(cells)
+    return rows
+
+
+def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
+    """The share of grids that each network of the curriculum solves at the end of each phase, beside the rectangle rule."""
+    names = [name for name, recipe in RECIPES.items() if recipe.task == "paths"]
+    metrics = {f"phase {number}": f"phase{number}_exact" for number in range(1, 6)}
+    data = "shortest paths, generated"
+    rows = [
+        {"network": name} | {phase: measured(records, name, metric, data, 3) for phase, metric in metrics.items()}
+        for name in names
+    ]
+    rule = {"network": "rectangle rule"}
+    for phase, metric in metrics.items():
+        found = {measured([record], record.recipe, f"rule_{metric}", data, 3) for record in records} - {NOT_RUN}
+        rule[phase] = sorted(found)[0].split(" ")[0] if found else NOT_RUN
+    return [*rows, rule]
+
+
+def as_text(rows: Sequence[Mapping[str, str]], caption: str) -> str:
+    """Rows of text as a table for a terminal; keys are the header."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [{name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows]
+    return "\n".join(
+        [caption, *("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip() for row in lines)]
+    )
 
 
 def as_html(rows: Sequence[Mapping[str, str]], caption: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import softshare
-from softshare import experiments, images, models, processor, report
+from softshare import cli, distributed, experiments, gpu_list, images, models, processor, records, report
 from softshare.tasks import Classification
 from softshare.training import Settings
 
@@ -40,12 +40,12 @@ def test_a_record_says_what_was_run(record):
     assert found.config["banks"] == {"stage1": [2, 2], "stage2": [2, 2], "stage3": [2, 2]}
     assert found.config["settings"]["epochs"] == 2 and len(found.history) == 2
     assert found.metrics["held_out_accuracy"] == found.history[-1]["held_out_accuracy"]
-    for name in ("device", "hardware", "torch", "numpy", "python", "softshare", "revision", "dirty", "seconds", "date"):
+    for name in ("device", "hardware", "precision", "torch", "numpy", "python", "softshare", "revision", "dirty", "seconds", "date"):
         assert name in found.environment
     assert found.environment["seconds"] > 0
-    assert experiments.read_record(found.path) == found
-    assert experiments.find_records(found.path.parent, "SWRN 16-1*", "fast") == [found]
-    assert experiments.find_records(found.path.parent, "WRN 16-1") == []
+    assert records.read_record(found.path) == found
+    assert records.find_records(found.path.parent, "SWRN 16-1*", "fast") == [found]
+    assert records.find_records(found.path.parent, "WRN 16-1") == []
     assert not list(found.path.parent.glob("*.part"))
 
 
@@ -64,6 +64,8 @@ def test_similarities_come_with_the_record(record):
         (lambda fields: fields.pop("metrics"), "'metrics' is missing"),
         (lambda fields: fields.update(history={}), "'history' is missing or no list"),
         (lambda fields: fields.update(format="other"), "not a record of format"),
+        (lambda fields: fields["metrics"].update(held_out_accuracy=99.9), "changed by hand"),
+        (lambda fields: fields["environment"].update(hardware="better"), "changed by hand"),
     ],
 )
 def test_a_changed_record_is_refused(record, tmp_path, change, message):
@@ -72,24 +74,24 @@ def test_a_changed_record_is_refused(record, tmp_path, change, message):
     path = tmp_path / "changed.json"
     path.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
-        experiments.read_record(path)
+        records.read_record(path)
     path.write_text("{")
     with pytest.raises(ValueError, match="changed.json is not a record"):
-        experiments.read_record(path)
+        records.read_record(path)
 
 
 def test_the_hash_is_of_what_decides_the_outcome():
     base = ("a", "fast", 0, {"x": 1, "y": 2}, {"fingerprint": "f"})
-    same = experiments.run_hash("a", "fast", 0, {"y": 2, "x": 1}, {"fingerprint": "f"})
-    assert experiments.run_hash(*base) == same
+    same = records.run_hash("a", "fast", 0, {"y": 2, "x": 1}, {"fingerprint": "f"})
+    assert records.run_hash(*base) == same
     for place, other in enumerate(("b", "gpu", 1, {"x": 2}, {"fingerprint": "g"})):
         changed = [*base[:place], other, *base[place + 1 :]]
-        assert experiments.run_hash(*changed) != same  # type: ignore[arg-type]
+        assert records.run_hash(*changed) != same  # type: ignore[arg-type]
 
 
 def test_an_unknown_profile_is_refused(tmp_path):
     with pytest.raises(ValueError, match="fast, gpu, paper"):
-        experiments.write_record("x", profile="huge", seed=0, config={}, metrics={}, runs=tmp_path)
+        records.write_record("x", profile="huge", seed=0, config={}, metrics={}, runs=tmp_path)
 
 
 def test_tables_hold_the_posters_figures():
@@ -103,7 +105,7 @@ def test_tables_hold_the_posters_figures():
 
 def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
     def run(profile, seed, error, source="CIFAR-10 (JPEG)"):
-        experiments.write_record(
+        records.write_record(
             "SWRN 28-10-2",
             profile=profile,
             seed=seed,
@@ -114,7 +116,7 @@ def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
         )
 
     def cell():
-        return report.measured(experiments.find_records(tmp_path), "SWRN 28-10-2", "error", "CIFAR-10")
+        return report.measured(records.find_records(tmp_path), "SWRN 28-10-2", "error", "CIFAR-10")
 
     run("fast", 0, 60.0)
     run("gpu", 0, 6.0)
@@ -153,7 +155,7 @@ class Refuse:
         if name.split(".")[0] in {"tqdm", "pooch", "safetensors", "IPython", "ipywidgets", "sklearn"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import softshare, softshare.training, softshare.experiments, softshare.plotting, softshare.report, softshare.benchmark
+import softshare, softshare.training, softshare.experiments, softshare.cli, softshare.gpu_list, softshare.streaming, softshare.plotting, softshare.report, softshare.benchmark
 softshare.images.load("digits", "train")
 softshare.fold(softshare.models.swrn(16, 1), 0.5)
 softshare.shortest_path.generate(3)
@@ -171,7 +173,7 @@ def test_bad_input_is_found_before_the_training(record, tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="JSON"):
         experiments.train("x", record[1], task, Settings(epochs=1), **(good | {"config": {"x": np.float32(1)}}))
     with pytest.raises(ValueError, match="fast, gpu, paper"):
-        experiments.find_records(tmp_path, profile="quick")
+        records.find_records(tmp_path, profile="quick")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux")
@@ -206,11 +208,11 @@ def test_an_installed_package_brings_its_data(tmp_path):
     shutil.rmtree(source)
     code = """
 import softshare, sys
-from softshare import experiments, report
+from softshare import records, report
 assert softshare.__file__.startswith(sys.argv[1]), softshare.__file__
 assert len(report.paper_table("cifar")) == 11
 assert len(softshare.images.load("digits", "test").labels) == 360
-record = experiments.write_record("x", profile="fast", seed=0, config={}, metrics={})
+record = records.write_record("x", profile="fast", seed=0, config={}, metrics={})
 assert record.environment["revision"] is None and record.path.parent.as_posix().endswith("runs/fast")
 """
     done = subprocess.run(
