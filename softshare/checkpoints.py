@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .files import written_whole
 
 FORMAT = "softshare checkpoint 1"
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{8})-([0-9a-f]{16})\.safetensors")
@@ -49,25 +50,9 @@ def write_checkpoint(
 
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     data = save(plain, {"format": FORMAT, "identity": json.dumps(dict(identity)), "facts": json.dumps(dict(facts))})
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}-{_tag(identity)}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    temporary = folder / f"{path.name}.{os.getpid()}.part"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    with contextlib.suppress(OSError):  # so that the new name is on the disk too; not every file system can
-        entry = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(entry)
-        finally:
-            os.close(entry)
+    with written_whole(path) as file:
+        file.write(data)
     return path
 
 

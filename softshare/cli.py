@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="show all recipes with what they cost")
     run = recipe_command("run", "train a recipe and write its record, or find the record; a killed run goes on")
     run.add_argument("--download", action="store_true", help="fetch the data set where no copy is at hand")
+    run.add_argument("--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120")
     run.add_argument("--quiet", action="store_true", help="show no progress")
     fold = recipe_command("fold", "fold the network that `run` has trained: what becomes one layer, and what it costs")
     fold.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
@@ -108,6 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.checkpoints,
         arguments.download,
         not arguments.quiet,
+        arguments.checkpoint_seconds,
     )
     if distributed.rank() == 0:
         took = timedelta(seconds=round(record.environment["seconds"]))

@@ -315,6 +315,7 @@ def run(
     checkpoints: str | Path = "",
     download: bool = False,
     progress: bool = True,
+    checkpoint_seconds: float = 120.0,
 ) -> Record:
     """Train a recipe and write its record, or find the record of the same run.
 
@@ -332,6 +333,7 @@ def run(
         checkpoints: see `checkpoints_folder`.
         download: fetch the data set if no copy is found.
         progress: whether to show progress.
+        checkpoint_seconds: the least time between two checkpoints.
 
     Raises ValueError for an unknown recipe, profile or data set, FileNotFoundError where there is no copy of the data.
     """
@@ -347,7 +349,7 @@ def run(
         callbacks: list[Any] = [similarity] if ends is None else [similarity, ends]
         folder = checkpoints_folder(path, checkpoints)
         title = f"{chosen.recipe.name} ({profile}, seed {seed})"
-        history = fit(model, task, chosen.settings, callbacks, place, title, progress, folder)
+        history = fit(model, task, chosen.settings, callbacks, place, title, progress, folder, checkpoint_seconds)
         metrics = {
             f"last_{key}": value for key, value in history[-1].items() if key not in ("epoch", "rate", "seconds")
         }

@@ -14,7 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import experiments
+from .benchmark import default_output, load_benchmark
+from .processor import processor_name
 from .records import find_records, runs_folder
 
 
@@ -81,7 +85,7 @@ def run_list(
 
     for entry in entries():
         if not entry.runs:
-            output = Path(runs) / "benchmarks" / "benchmark.json" if runs else None
+            output = _benchmark_output(rehearse, device, runs)
             outcome, seconds = _benchmark(rehearse, device, output, deadline)
             speed = _measured_speed(output) if output and not rehearse else None
             tell(entry.title, "pairwise timings", f"{outcome} after {seconds:.0f} s")
@@ -118,6 +122,13 @@ def _recorded(name: str, seed: int, data: str | None, profile: str, runs: str | 
         record.seed == seed and (title is None or profile == "fast" or record.data["source"].startswith(title))
         for record in find_records(runs_folder(runs, profile), name, profile)
     )
+
+
+def _benchmark_output(rehearse: bool, device: str, runs: str | Path) -> Path | None:
+    if runs:
+        return Path(runs) / "benchmarks" / "benchmark.json"
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor_name()
+    return None if rehearse else default_output(hardware)
 
 
 def _benchmark(rehearse: bool, device: str, output: Path | None, deadline: float) -> tuple[str, float]:
@@ -175,12 +186,9 @@ def _side_by_side(
 
 def _measured_speed(path: Path) -> float | None:
     """Multiply-adds a second in training, from a benchmark's record; None if it holds none."""
-    from .benchmark import load_benchmark
-
     try:
-        step = load_benchmark(path)["step"]
-        chosen = experiments.plan(step["model"].removeprefix("S").rsplit("-", 1)[0], "paper")
-        forward = experiments.multiply_adds(chosen.network, 20, 32, 0)
-        return 3 * forward * step["batch"] / statistics.median(step["seconds"]["ours"])
+        record = load_benchmark(path)
+        steps, forward = record["steps"], record["ceiling"]["multiply-adds an image"]
+        return 3 * float(forward) * steps["batch"] / statistics.median(steps["seconds"]["ours"])
     except (OSError, ValueError, KeyError):
         return None

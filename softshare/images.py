@@ -27,6 +27,7 @@ from torch import Tensor
 from .archives import ARCHIVE_SUFFIXES, content_key, list_files, read_files, verify, verify_listed
 from .arguments import count
 from .augmentation import Augmentation as Augmentation
+from .files import written_whole
 
 NAMES = ("cifar10", "cifar100", "digits")
 SPLITS = ("train", "test")
@@ -408,17 +409,9 @@ def _image_set(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...],
 
 def _write_cached(path: Path, found: ImageSet) -> None:
     meta = json.dumps({"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:  # no room, or a read-only place: the next reading decodes again
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    # No room, or a read-only place: the next reading decodes again.
+    with contextlib.suppress(OSError), written_whole(path) as file:
+        np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
 
 
 def _read_meta(path: Path) -> dict[str, Any] | None:

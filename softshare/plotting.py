@@ -143,6 +143,23 @@ def curves(
     return axes
 
 
+def cost_by_templates(record: Mapping[str, Any], axes: Axes | None = None) -> Axes:
+    """Draw what a training step costs with k templates, in times of the plain network's, from a record of `benchmark`.
+
+    The line is the median over rounds, the band reaches from the least to the most.
+    """
+    axes = axes or plt.subplots(figsize=(6.0, 3.4))[1]
+    costs = record["cost by templates"]
+    rows = sorted((int(k), *ratios) for k, ratios in costs["ratios"].items())
+    k, median, least, most = zip(*rows, strict=True)
+    axes.axhline(1.0, color=COLOURS["WRN"], ls="--", lw=1.4, label=costs["plain"])
+    axes.fill_between(k, least, most, color=COLOURS["SWRN"], alpha=0.2, lw=0)
+    axes.plot(k, median, "o-", color=COLOURS["SWRN"], label=costs["model"])
+    axes.set(xlabel="templates k", ylabel="step time / plain WRN", xticks=k)
+    axes.legend(loc="best")
+    return axes
+
+
 def filters(weight: Tensor, axes: Axes | None = None, count: int = 16, title: str = "") -> Axes:
     """Draw the first input channel's filters of a convolution's weight (O, I, h, w) as one strip, each scaled alike."""
     axes = axes or plt.subplots(figsize=(6.0, 0.8))[1]

@@ -65,3 +65,12 @@ def bfloat16_pays() -> bool:
         for check in (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
     )
     return (announced and os.environ.get(_VARIABLE) != _WITHOUT_AMX) or (dots and not announced)
+
+
+def processor_name() -> str:
+    """What the machine says that its processor is."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .files import written_whole
+from .processor import processor_name
 from .similarity import SimilarityRecorder
 
 PROFILES = ("fast", "gpu", "paper")
@@ -126,7 +128,6 @@ def write_record(
     """Write a record, by way of a temporary name, and return it. Raises ValueError for an unknown profile."""
     data = dict(data or {})
     path = record_path(recipe, profile, seed, config, data, runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if similarity is not None and similarity.coefficients:
         similarity.save(path.with_suffix(".npz"))
     record = {
@@ -143,12 +144,8 @@ def write_record(
         "environment": environment(device) | {"precision": precision, "seconds": round(seconds, 3)},
     }
     record["content"] = _content(record)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with written_whole(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
     return read_record(path)
 
 
@@ -201,9 +198,7 @@ def find_records(folder: str | Path, recipe: str | None = None, profile: str | N
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Where a run took place: device, versions, git revision or None, and the date (UTC)."""
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor_name()
     return {
         "device": device,
         "hardware": name,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import count
+from .files import written_whole
 from .sharing import TemplateBank, banks, initial_coefficients, without_autocast
 
 
@@ -160,16 +161,12 @@ class SimilarityRecorder:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one .npz file (no pickle), by way of a temporary name."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = list(self.coefficients)
         arrays: dict[str, Any] = {
             f"coefficients_{i}": np.stack(self.coefficients[name]) for i, name in enumerate(names)
         }
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "wb") as file:
+        with written_whole(Path(path)) as file:
             np.savez_compressed(file, steps=np.array(self.steps), names=np.array(json.dumps(names)), **arrays)
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> SimilarityRecorder:

@@ -22,7 +22,7 @@ import safetensors.torch  # noqa: F401  imported here, once, and not in every ch
 import torch
 import torch._dynamo
 
-from softshare import SimilarityRecorder, checkpoints, images, models, training
+from softshare import SimilarityRecorder, files, images, models, training
 from softshare.augmentation import Augmentation
 from softshare.tasks import Classification
 from softshare.training import Settings
@@ -85,7 +85,7 @@ def pause_at(place: str, write: int, told: int) -> None:
         def fileno(self) -> int:
             return self.file.fileno()
 
-    checkpoints.open = lambda path, mode: Halves(open(path, mode)) if mode == "wb" else open(path, mode)
+    files.open = lambda path, mode: Halves(open(path, mode)) if mode == "wb" else open(path, mode)
     prune = training.prune_checkpoints
     training.prune_checkpoints = lambda *arguments: (hang("renamed"), prune(*arguments))
 
