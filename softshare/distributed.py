@@ -41,12 +41,25 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     ours = together and not _running()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _init("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _init(backend: str) -> None:
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        dist.init_process_group(backend)
+        return
+    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses where nobody listens any
+    # more (pytorch/pytorch issue 135712), so keys get a prefix. On several machines the counts differ; there,
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun helps.
+    store, number, processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
 
 
 def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
