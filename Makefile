@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PIP_ARGS ?=
 PROFILE ?= fast
+HOURS ?= 8
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -12,7 +13,7 @@ LAB_SETTINGS := .venv/share/jupyter/lab/settings
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-long lab bench reproduce twins lint clean clean-all
+.PHONY: help book test test-long lab bench gpu reproduce twins lint clean clean-all
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-18s %s\n' "$$a" "$$b"; done
@@ -31,8 +32,11 @@ lab: .venv/.has-book ## open the chapters in JupyterLab
 	@echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook"}}}' > $(LAB_SETTINGS)/overrides.json
 	$(BIN)/jupyter lab --notebook-dir=book
 
-bench: .venv/.has-test ## measure the cost of sharing and the speed of the grid generator, pair by pair
-	$(RUN) -m softshare.benchmark
+bench: .venv/.has-test ## measure speed, pair by pair, about five minutes, and write data/benchmarks/<hardware>.json
+	$(RUN) -m softshare bench
+
+gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for HOURS=...; goes on where it stopped
+	$(RUN) -m softshare gpu --hours $(HOURS)
 
 reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu or paper
 	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)

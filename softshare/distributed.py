@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 def rank() -> int:
-    """The number of this process among those that train together, from 0; 0 writes and speaks for all."""
-    return dist.get_rank() if _running() else 0
+    """The number of this process among those that torchrun started, from 0; 0 writes and speaks for all."""
+    return dist.get_rank() if _running() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

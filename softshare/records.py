@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import distributed
 from .files import written_whole
 from .processor import processor_name
 from .similarity import SimilarityRecorder
@@ -202,6 +203,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": device,
         "hardware": name,
+        "processes": distributed.world_size(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

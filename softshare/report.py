@@ -6,9 +6,10 @@ import csv
 import html
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from .benchmark import load_benchmark
 from .experiments import RECIPES
 from .records import Record
 
@@ -24,10 +25,29 @@ def paper_table(name: str) -> list[dict[str, str]]:
     """
     if name not in TABLES:
         raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
-    checkout = Path(__file__).resolve().parent.parent / "data" / "paper" / f"{name}.csv"
-    packaged = resources.files(__package__) / "paper" / f"{name}.csv"
-    text = (checkout if checkout.is_file() else packaged).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    return list(csv.DictReader((_data("paper") / f"{name}.csv").read_text(encoding="utf-8").splitlines()))
+
+
+def _data(name: str) -> Path:
+    """A folder of data/ in a checkout; where the package was installed without one, the copy that it brought."""
+    checkout = Path(__file__).resolve().parent.parent / "data" / name
+    installed = Path(__file__).resolve().parent / {"paper": "paper", "benchmarks": "timings"}[name]
+    return checkout if checkout.is_dir() else installed
+
+
+def benchmarks() -> list[dict[str, Any]]:
+    """The records of `softshare.benchmark` that stand in data/benchmarks, by file name. Raises ValueError for a bad one."""
+    return [load_benchmark(path) for path in sorted(_data("benchmarks").glob("*.json"))]
+
+
+def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The ratios of a benchmark's record as rows of text: the median over rounds, and from least to most."""
+    rows = []
+    for name, (median, least, most) in record["ratios"].items():
+        goal = [each for each in record["targets"] if each["what"].endswith(f": {name}") and each["met"] is not None]
+        aim = f"{goal[0]['target']}: {'met' if goal[0]['met'] else 'not met'}" if goal else ""
+        rows.append({"ratio": name, "median": f"{median:.3g}", "range": f"{least:.3g} to {most:.3g}", "goal": aim})
+    return rows
 
 
 def measured(records: Sequence[Record], recipe: str, metric: str, data: str, digits: int = 2) -> str:
@@ -74,6 +94,7 @@ def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, st
     rows = []
     for row in paper_table(name):
         cells = {"model": row["model"], "parameters (millions)": row["parameters_millions"]}
+        cells |= {"GPU days, poster": row["gpu_days"]} if "gpu_days" in row else {}
         for title, column, metric, data in COLUMNS[name]:
             cells[f"{title}, poster"] = row[column]
             known = row["model"] in RECIPES

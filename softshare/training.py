@@ -256,6 +256,9 @@ class _Run:
         self.callbacks, self.folder, self.pause = list(callbacks), folder, pause
         self.dtype = pick_precision(settings.precision, device)
         self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
+        torch.backends.cudnn.benchmark = (
+            device.type == "cuda"
+        )  # shapes never change, so the fastest kernels are looked for
         model.to(device=device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
