@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from . import experiments
+from . import experiments, recipes
 from .records import PROFILES, find_records, runs_folder
 
 
@@ -86,9 +86,9 @@ def _list(arguments: argparse.Namespace) -> int:
     )
     print("assumed one, not measured. * is dropout 0.3. In profile fast networks are narrow relatives.\n")
     print(f"{'recipe':20} {'data':18} {'fast':>8} {'gpu':>17} {'paper':>17}  shows")
-    for name, recipe in experiments.RECIPES.items():
-        plans = [experiments.plan(name, profile) for profile in PROFILES]
-        cpu, gpu = ([_duration(experiments.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
+    for name, recipe in recipes.RECIPES.items():
+        plans = [recipes.plan(name, profile) for profile in PROFILES]
+        cpu, gpu = ([_duration(recipes.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
         data = ", ".join(recipe.data) or {"paths": "generated", "imagenet": "--data FOLDER"}[recipe.task]
         both = [f"{mine} / {theirs}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True)]
         fast = "-" if recipe.task == "imagenet" else cpu[0]
@@ -127,7 +127,7 @@ def _fold(arguments: argparse.Namespace) -> int:
     from .training import evaluate, pick_device
 
     device = pick_device(arguments.device)
-    recipe = experiments.find_recipe(arguments.name).name
+    recipe = recipes.find_recipe(arguments.name).name
     records = find_records(runs_folder(arguments.runs, arguments.profile), recipe, arguments.profile)
     test, source = experiments.test_task(recipe, arguments.profile, arguments.seed, arguments.data)
     found = [record for record in records if record.seed == arguments.seed and record.data == source]

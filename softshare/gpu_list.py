@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import experiments
+from . import recipes
 from .benchmark import default_output, load_benchmark
 from .processor import processor_name
 from .records import find_records, runs_folder
@@ -47,7 +47,7 @@ def entries() -> list[Entry]:
         found.append(Entry(f"fewer parameters at equal width, seed {seed}", pair))
     found.append(Entry("similarity and folding", (("SWRN 40-8-8", 0, None),)))
     found += [Entry("width 10 with cutout", ((name, 0, None),)) for name in ("WRN 28-10 cutout", "SWRN 28-10-2 cutout")]
-    dropout = [name for name in experiments.RECIPES if name.endswith("*")]
+    dropout = [name for name in recipes.RECIPES if name.endswith("*")]
     found += [Entry("dropout rows", ((name, 0, data),)) for data in ("cifar10", "cifar100") for name in dropout]
     return found
 
@@ -113,7 +113,7 @@ def run_list(
 
 
 def _expected(name: str, profile: str, device: str, speed: float | None) -> float:
-    return experiments.expected_seconds(experiments.plan(name, profile), device.startswith("cuda"), speed)
+    return recipes.expected_seconds(recipes.plan(name, profile), device.startswith("cuda"), speed)
 
 
 def _recorded(name: str, seed: int, data: str | None, profile: str, runs: str | Path) -> bool:

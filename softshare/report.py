@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import load_benchmark
-from .experiments import RECIPES
+from .recipes import RECIPES
 from .records import Record
 
 TABLES = ("cifar", "imagenet", "search")

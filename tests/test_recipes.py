@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import softshare
-from softshare import cli, experiments, gpu_list, images, records, report, training
-from softshare.experiments import RECIPES, plan, run
+from softshare import cli, experiments, gpu_list, images, recipes, records, report, training
+from softshare.experiments import run
+from softshare.recipes import RECIPES, plan
 from softshare.tasks import Classification
 
 PATHS = [name for name, recipe in RECIPES.items() if recipe.task == "paths"]
@@ -236,8 +237,8 @@ def test_costs_follow_from_multiply_adds():
         total += side * side * (9 * before * channels + 3 * 9 * channels * channels + before * channels)
         before = channels
     total += 256 * 10
-    assert experiments.multiply_adds("SWRN 16-4-2", 20, 32, 0) == pytest.approx(total)
-    cheap, dear = (experiments.expected_seconds(plan("WRN 28-10", profile), gpu=True) for profile in ("gpu", "paper"))
+    assert recipes.multiply_adds("SWRN 16-4-2", 20, 32, 0) == pytest.approx(total)
+    cheap, dear = (recipes.expected_seconds(plan("WRN 28-10", profile), gpu=True) for profile in ("gpu", "paper"))
     assert dear / cheap == pytest.approx(200 * 50_000 / (10 * 45_000))
 
 
@@ -373,3 +374,26 @@ def test_a_plan_changes_the_hash_of_its_record():
         paths.add(records.record_path("SCNN", "fast", 0, changed.config(), data))
     assert len(paths) == 4
     assert Path(next(iter(paths))).name.startswith("scnn-fast-s0-")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_on_a_terminal_a_bar_shows_speed_loss_and_time_left(tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "softshare", "run", "CNN", "--runs", str(tmp_path), "--checkpoints", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            some = os.read(ours, 4096)
+        except OSError:  # the other end was closed
+            break
+        if not some:
+            break
+        shown += some
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "CNN (fast, seed 0)" in text and "400/400" in text and "examples/s" in text and "loss " in text
+    assert "epoch 2/2" in text and "<00:00" in text  # tqdm's time left

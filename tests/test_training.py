@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import softshare
-from softshare import images, models, shortest_path, tasks, training
+from softshare import images, models, progress, shortest_path, tasks
 from softshare.tasks import Classification, ShortestPaths
 from softshare.training import Settings, evaluate, fit
 
@@ -142,7 +142,7 @@ def test_bfloat16_trains(task):
 
 
 def test_display_shows_epoch_loss_speed_and_time_left(task, capsys, monkeypatch):
-    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
     fit(small_net(), task, Settings(epochs=1), title="a run")
     assert "a run epoch 1/1: loss " in (text := capsys.readouterr().out) and "/s" in text and "s left" in text
 
@@ -230,8 +230,8 @@ def test_snapshots_are_dense_in_the_first_epochs_only(task):
 
 def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch):
     clock = iter(range(0, 100_000, 40))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
     fit(small_net(), task, Settings(epochs=1, batch_size=50), title="slow")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("slow epoch 1/1 (25% of it): loss ") and lines[0].endswith(" left") and ":" in lines[0]
