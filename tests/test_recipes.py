@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -378,9 +379,13 @@ def test_a_plan_changes_the_hash_of_its_record():
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
 def test_on_a_terminal_a_bar_shows_speed_loss_and_time_left(tmp_path):
+    import fcntl
+    import termios
+
     ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
     command = [sys.executable, "-m", "softshare", "run", "CNN", "--runs", str(tmp_path), "--checkpoints", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
     os.close(theirs)
     shown = b""
