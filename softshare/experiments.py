@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -275,6 +274,7 @@ def train(
     device: str | None = None,
     runs: str | Path = "",
     progress: bool = True,
+    checkpoints: str | Path = "",
 ) -> Record:
     """Train any model in place with `softshare.training.fit` and write the record, similarities of every epoch included.
 
@@ -285,7 +285,8 @@ def train(
         profile: "fast", "gpu" or "paper".
         data: source and fingerprint of the data.
         config: whatever else decides the outcome.
-        runs: folder for the record, see `runs_folder`.
+        runs: folder for the record, see `softshare.records.runs_folder`.
+        checkpoints: folder for checkpoints, in a subfolder of the record's name; "": none are kept.
     """
     place = pick_device(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -297,11 +298,10 @@ def train(
         "settings": asdict(settings) | {"milestones": list(settings.milestones)},
         **(config or {}),
     }
-    record_path(recipe, profile, settings.seed, chosen, data, runs)  # what cannot be written fails here, not at the end
+    path = record_path(recipe, profile, settings.seed, chosen, data, runs)  # what cannot be written fails here
+    folder = checkpoints_folder(path, checkpoints) if checkpoints else None
     similarity = SimilarityRecorder()
-    started = time.perf_counter()
-    history = fit(model, task, settings, callbacks=[similarity], device=place, title=recipe, progress=progress)
-    seconds = time.perf_counter() - started
+    history = fit(model, task, settings, [similarity], place, recipe, progress, folder)
     last = {name: value for name, value in history[-1].items() if name not in ("epoch", "rate", "seconds")}
     return write_record(
         recipe,
@@ -312,7 +312,7 @@ def train(
         data=data,
         history=history,
         similarity=similarity,
-        seconds=seconds,
+        seconds=sum(row["seconds"] for row in history),
         device=str(place),
         precision=str(pick_precision(settings.precision, place)).removeprefix("torch."),
         runs=runs,
