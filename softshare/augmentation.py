@@ -1,4 +1,4 @@
-"""Random changes of training images, for a whole batch on whatever device holds it."""
+"""Normalisation and random changes of training images."""
 
 from __future__ import annotations
 
@@ -50,42 +50,23 @@ class Augmentation:
         Depends on seed, epoch and the image's index alone, not on batch size or device.
         """
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        return torch.stack(
-            [
-                torch.randint(2, (n,), generator=generator),
-                torch.randint(2 * self.pad + 1, (n,), generator=generator),
-                torch.randint(2 * self.pad + 1, (n,), generator=generator),
-                torch.randint(side, (n,), generator=generator),
-                torch.randint(side, (n,), generator=generator),
-            ],
-            dim=1,
-        )
+        numbers = (2, 2 * self.pad + 1, 2 * self.pad + 1, side, side)
+        return torch.stack([torch.randint(number, (n,), generator=generator) for number in numbers], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""
-        n, channels, height, width = images.shape
-        pixels = torch.arange(height, device=images.device)
-        flipped = (draws[:, 0] * self.flip).bool().unsqueeze(1)
-        rows = draws[:, 1:2] + pixels  # (N, H), in the padded image
-        columns = draws[:, 2:3] + pixels
-        # Mirroring the cropped column order is a flip of the padded image with the crop mirrored as well.
-        columns = torch.where(flipped, columns.flip(1), columns)
-        if self.pad:
-            images = F.pad(images, (self.pad,) * 4)
-        batch = torch.arange(n, device=images.device)
-        channel = torch.arange(channels, device=images.device)
-        picked = images[
-            batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]
-        ]
-        out = self.normalise(picked)
+        n, channels, _, side = images.shape
+        pixels = torch.arange(side, device=images.device)
+        rows, columns = draws[:, 1:2] + pixels, draws[:, 2:3] + pixels  # (N, side), in the padded image
+        if self.flip:
+            # Mirroring the cropped column order is a flip of the padded image with the crop mirrored as well.
+            columns = torch.where(draws[:, :1].bool(), columns.flip(1), columns)
+        batch = torch.arange(n, device=images.device)[:, None, None, None]
+        channel = torch.arange(channels, device=images.device)[:, None, None]
+        padded = F.pad(images, (self.pad,) * 4)
+        out = self.normalise(padded[batch, channel, rows[:, None, :, None], columns[:, None, None]])
         if self.cutout:
-            out = (
-                out
-                * ~(self._hole(draws[:, 3:4], pixels)[:, :, None] & self._hole(draws[:, 4:5], pixels)[:, None])[:, None]
-            )
+            start = draws[:, 3:, None] - self.cutout // 2
+            inside = (pixels >= start) & (pixels < start + self.cutout)  # (N, 2, side): along rows, along columns
+            out = out * ~(inside[:, 0, :, None] & inside[:, 1, None])[:, None]
         return out
-
-    def _hole(self, centre: Tensor, pixels: Tensor) -> Tensor:
-        """(N, 1) centres to (N, side) bool: pixels within the hole along one axis."""
-        start = centre - self.cutout // 2
-        return (pixels >= start) & (pixels < start + self.cutout)

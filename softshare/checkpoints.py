@@ -103,6 +103,7 @@ def newest_checkpoint(
     Damaged and foreign files are left where they are and named in a warning, and the one before is taken.
 
     Raises:
+        OSError: a file cannot be read now. It may well be whole, so nothing older is taken in its place.
         ForeignCheckpoint: only checkpoints of other runs are there. Training into that folder would mix two runs.
     """
     foreign: ForeignCheckpoint | None = None
@@ -118,7 +119,7 @@ def newest_checkpoint(
         except ForeignCheckpoint as error:
             foreign = foreign or error
             warnings.warn(f"refused: {error}", stacklevel=2)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             damaged = True
             warnings.warn(f"refused: {error}; looking for an earlier one", stacklevel=2)
     if foreign and not damaged:
@@ -132,13 +133,12 @@ def _short(value: Any) -> str:
 
 
 def prune_checkpoints(folder: Path, step: int, identity: Mapping[str, Any], keep: int = 2) -> None:
-    """Delete this run's checkpoints but the newest up to `step`, and what a killed process left half written.
+    """Delete this run's checkpoints up to `step` but the newest, and what a killed process left half written.
 
-    Those beyond `step` were refused as damaged when the run was taken up. Other runs' files are left alone.
+    Other runs' files are left alone.
     """
-    own = [(at, path) for at, tag, path in _listed(folder) if tag == _tag(identity)]
-    stale = [path for at, path in own if at > step] + [path for at, path in own if at <= step][keep:]
-    for path in [*stale, *folder.glob(f"step-*-{_tag(identity)}-*.part")]:
+    own = [path for at, tag, path in _listed(folder) if tag == _tag(identity) and at <= step]
+    for path in [*own[keep:], *folder.glob(f"step-*-{_tag(identity)}-*.part")]:
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -49,26 +50,31 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     gpu.add_argument("--runs", default="", help="folder of records")
     gpu.add_argument("--checkpoints", default="", help="folder for checkpoints")
+    gpu.add_argument("--download", action="store_true", help="fetch data sets of which no copy is at hand")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 after an error that is told in a line, 130 if stopped by hand."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["bench"]:
-        from . import benchmark
-
-        return benchmark.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+    bench = argv[:1] == ["bench"]
+    arguments = argparse.Namespace(command="bench") if bench else _parser().parse_args(argv)
+    commands = {"list": _list, "run": _run, "fold": _fold, "report": _report, "gpu": _gpu}
     try:
-        return int(
-            {"list": _list, "run": _run, "fold": _fold, "report": _report, "gpu": _gpu}[arguments.command](arguments)
-        )
+        if bench:
+            from . import benchmark
+
+            return benchmark.main(argv[1:])
+        return commands[arguments.command](arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"softshare {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        told = "" if bench else "; the same command goes on from the last checkpoint, if there is one"
+        print(f"\nstopped{told}", file=sys.stderr)
         return 130
 
 
@@ -167,6 +173,7 @@ def _report(arguments: argparse.Namespace) -> int:
                 "imagenet": "ImageNet error (%)"}  # fmt: skip
     for name, caption in captions.items():
         print(report.as_text(report.paper_beside_ours(name, records), caption), end="\n\n")
+    print(report.as_text(report.others_at_the_papers_schedule(records), "Not on the poster"), end="\n\n")
     print(report.as_text(report.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"))
     return 0
 
@@ -177,5 +184,11 @@ def _gpu(arguments: argparse.Namespace) -> int:
 
     device = str(pick_device(arguments.device))
     return run_list(
-        arguments.hours, arguments.rehearse, device, arguments.runs, arguments.checkpoints, arguments.parallel
+        arguments.hours,
+        arguments.rehearse,
+        device,
+        arguments.runs,
+        arguments.checkpoints,
+        arguments.parallel,
+        arguments.download,
     )

@@ -91,6 +91,20 @@ def average_(values: Tensor) -> Tensor:
     return values
 
 
+def agree(what: str, *numbers: int) -> None:
+    """Raise RuntimeError in all processes unless all of them give the same numbers."""
+    if world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        values = torch.tensor([*numbers, *(-number for number in numbers)], device=device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        largest, smallest = values[: len(numbers)], -values[len(numbers) :]
+        if not torch.equal(largest, smallest):
+            raise RuntimeError(
+                f"the processes that train together do not agree on {what}: {numbers} in process {rank()}, from "
+                f"{smallest.tolist()} to {largest.tolist()} over all. Do all of them see the same folder of checkpoints?"
+            )
+
+
 def agree_on_buffers(model: nn.Module) -> None:
     """Give every process the buffers (BatchNorm statistics) of process 0."""
     if world_size() > 1:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +21,9 @@ from torch.optim.swa_utils import update_bn
 from . import distributed, images, models, shortest_path
 from .augmentation import Augmentation
 from .checkpoints import read_checkpoint
+from .files import writable
 from .recipes import Plan, plan
-from .records import Record, read_record, record_path, runs_folder, write_record
+from .records import Record, environment, read_record, record_path, runs_folder, write_record
 from .sharing import banks
 from .similarity import SimilarityRecorder
 from .streaming import StreamedImages
@@ -30,8 +34,11 @@ from .training import Settings, evaluate, fit, pick_device, pick_precision
 def _load(name: str | None, plan: Plan, download: bool) -> tuple[images.ImageSet, images.ImageSet]:
     if name is None and plan.profile == "fast":
         try:
-            return _load("cifar10", plan, False)
+            return _load("cifar10", plan, download)
         except FileNotFoundError:
+            given = os.environ.get("SOFTSHARE_DATA")
+            if given and not Path(given).expanduser().exists():
+                raise  # a mistyped name is not the same as having no images
             name = "digits"
     name = name or plan.recipe.data[0]
     return images.load(name, "train", download=download), images.load(name, "test", download=download)
@@ -62,6 +69,8 @@ def _image_tasks(plan: Plan, name: str | None, download: bool) -> tuple[Task, Ta
 def _tasks(plan: Plan, data: str | None, download: bool) -> tuple[Task, Task, dict[str, str], int | None]:
     """The task to train on, the one to test on at the end, the data as a record has it, and the number of classes."""
     if plan.recipe.task == "paths":
+        if data is not None:
+            raise ValueError(f"{plan.recipe.name} makes its own grids and takes no data, got {data!r}")
         return *_path_tasks(plan), None
     if plan.recipe.task == "cifar":
         return _image_tasks(plan, data, download)
@@ -79,18 +88,16 @@ def _path_tasks(plan: Plan) -> tuple[Task, Task, dict[str, str]]:
     sizes, seed = plan.sizes, plan.settings.seed
     size, obstacles = sizes["side"], sizes["obstacles"]
 
-    def phases(examples: int, held_out: int, first: int) -> list[ShortestPaths]:
-        made = []
-        for phase, box in enumerate(sizes["boxes"]):
-            train = shortest_path.generate(examples, size, box, obstacles, first + 100 * seed + phase)
-            # Validation grids are the same for all seeds and networks, and are drawn from seeds that nobody trains on.
-            made.append(
-                ShortestPaths(train, shortest_path.generate(held_out, size, box, obstacles, first + 10**6 + phase))
-            )
-        return made
+    def grids(examples: int, box: int, first: int) -> shortest_path.Grids:
+        return shortest_path.generate(examples, size, box, obstacles, first)
 
-    task = Curriculum(phases(sizes["train"], sizes["held_out"], 0), sizes["epochs_a_phase"])
-    test = phases(1, sizes["held_out"], 2 * 10**6)[-1]
+    # Held-out grids are the same for all seeds and networks; the seeds of training grids stay far below theirs.
+    phases = [
+        ShortestPaths(grids(sizes["train"], box, 100 * seed + phase), grids(sizes["held_out"], box, 2**62 + phase))
+        for phase, box in enumerate(sizes["boxes"])
+    ]
+    task = Curriculum(phases, sizes["epochs_a_phase"])
+    test = ShortestPaths(phases[-1].train, grids(sizes["held_out"], sizes["boxes"][-1], 2**62 + 2**32))
     data = {"source": "shortest paths, generated", "fingerprint": f"training seeds from {100 * seed}"}
     return task, test, data
 
@@ -104,6 +111,28 @@ def settled(model: nn.Module, inputs: Tensor) -> nn.Module:
     device = next(model.parameters()).device
     update_bn((some.to(device) for some in inputs.split(250)), model)
     return model.eval()
+
+
+class _Where:
+    """Where a run took place, process by process: a callback for `fit` that does nothing but travel in checkpoints."""
+
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        now = environment(str(device), str(pick_precision(settings.precision, device)).removeprefix("torch."))
+        self.places: list[dict[str, Any]] = [now]
+
+    def __call__(self, model: nn.Module, epoch: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"json": torch.tensor(list(json.dumps(self.places).encode()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.places = [*json.loads(bytes(state["json"].tolist())), self.places[-1]]
+
+    def record(self) -> dict[str, Any]:
+        """The last process's place, and the earlier ones' as "earlier" if there were any."""
+        earlier = {"earlier": self.places[:-1]} if len(self.places) > 1 else {}
+        return self.places[-1] | earlier
 
 
 class _PhaseEnds:
@@ -198,11 +227,14 @@ def run(
         path = record_path(chosen.recipe.name, profile, seed, chosen.config(), source, runs)
         if path.exists():
             return read_record(path)
+        folder = checkpoints_folder(path, checkpoints)
+        for each in (path.parent, folder):
+            writable(each)
         model = build(name, profile, seed, classes)
         similarity = SimilarityRecorder(chosen.recipe.dense_epochs, per_epoch=20)
         ends = _PhaseEnds(task, chosen.settings.precision) if isinstance(task, Curriculum) else None
-        callbacks: list[Any] = [similarity] if ends is None else [similarity, ends]
-        folder = checkpoints_folder(path, checkpoints)
+        where = _Where(place, chosen.settings)
+        callbacks: list[Any] = [similarity, where, *([] if ends is None else [ends])]
         title = f"{chosen.recipe.name} ({profile}, seed {seed})"
         history = fit(model, task, chosen.settings, callbacks, place, title, progress, folder, checkpoint_seconds)
         metrics = {
@@ -218,20 +250,8 @@ def run(
             found = evaluate(calm, test, chosen.settings.precision)
             metrics |= {f"settled_{key}": value for key, value in found.items()}
         if distributed.rank() == 0:
-            write_record(
-                chosen.recipe.name,
-                profile=profile,
-                seed=seed,
-                config=chosen.config(),
-                metrics=metrics,
-                data=source,
-                history=history,
-                similarity=similarity,
-                seconds=sum(row["seconds"] for row in history),
-                device=str(place),
-                precision=str(pick_precision(chosen.settings.precision, place)).removeprefix("torch."),
-                runs=runs,
-            )
+            name = chosen.recipe.name
+            _write(name, profile, chosen.settings, chosen.config(), source, metrics, history, similarity, where, runs)
         distributed.barrier()
         return read_record(path)
 
@@ -248,13 +268,16 @@ def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     Raises FileNotFoundError where that is not kept any more: delete the record and run the recipe again.
     """
     folder = checkpoints_folder(record.path, checkpoints)
-    found = sorted(folder.glob("step-*.safetensors"))
-    if not found:
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        with contextlib.suppress(ValueError):
+            _, tensors, facts = read_checkpoint(path)
+            if facts["epoch"] > len(record.history):
+                break
+    else:
         raise FileNotFoundError(
-            f"the weights of {record.path.name} are not in {folder}; records travel, checkpoints do not. To train it again, "
-            "move the record away and run the recipe"
+            f"no checkpoint of the end of {record.path.name} is in {folder}; records travel, checkpoints do not. To train "
+            "it again, move the record away and run the recipe"
         )
-    tensors = read_checkpoint(found[-1])[1]
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     classes = len(state["classifier.bias"]) if "classifier.bias" in state else None
     model = build(record.recipe, record.profile, record.seed, classes)
@@ -288,7 +311,6 @@ def train(
         runs: folder for the record, see `softshare.records.runs_folder`.
         checkpoints: folder for checkpoints, in a subfolder of the record's name; "": none are kept.
     """
-    place = pick_device(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     groups = {name: [bank.num_layers, bank.num_templates] for name, bank in banks(model).items()}
     chosen = {
@@ -298,22 +320,42 @@ def train(
         "settings": asdict(settings) | {"milestones": list(settings.milestones)},
         **(config or {}),
     }
-    path = record_path(recipe, profile, settings.seed, chosen, data, runs)  # what cannot be written fails here
+    path = record_path(recipe, profile, settings.seed, chosen, data, runs)
     folder = checkpoints_folder(path, checkpoints) if checkpoints else None
-    similarity = SimilarityRecorder()
-    history = fit(model, task, settings, [similarity], place, recipe, progress, folder)
-    last = {name: value for name, value in history[-1].items() if name not in ("epoch", "rate", "seconds")}
-    return write_record(
+    for each in (path.parent, folder):
+        writable(each or path.parent)
+    with distributed.process_group(pick_device(device)) as place:
+        similarity, where = SimilarityRecorder(), _Where(place, settings)
+        history = fit(model, task, settings, [similarity, where], place, recipe, progress, folder)
+        last = {name: value for name, value in history[-1].items() if name not in ("epoch", "rate", "seconds")}
+        if distributed.rank() == 0:
+            _write(recipe, profile, settings, chosen, data, last, history, similarity, where, runs)
+        distributed.barrier()
+        return read_record(path)
+
+
+def _write(
+    recipe: str,
+    profile: str,
+    settings: Settings,
+    config: Mapping[str, Any],
+    data: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    history: list[dict[str, float]],
+    similarity: SimilarityRecorder,
+    where: _Where,
+    runs: str | Path,
+) -> None:
+    write_record(
         recipe,
         profile=profile,
         seed=settings.seed,
-        config=chosen,
-        metrics=last,
+        config=config,
+        metrics=metrics,
         data=data,
         history=history,
         similarity=similarity,
         seconds=sum(row["seconds"] for row in history),
-        device=str(place),
-        precision=str(pick_precision(settings.precision, place)).removeprefix("torch."),
+        where=where.record(),
         runs=runs,
     )

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it is not there, once a file could be written to it. Raises OSError naming it otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise OSError(f"nothing can be written to the folder {folder}: {error}") from error
 
 
 @contextlib.contextmanager

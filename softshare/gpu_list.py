@@ -6,11 +6,15 @@ command goes on where the last one stopped. A rehearsal executes the same list a
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +22,14 @@ import torch
 
 from . import recipes
 from .benchmark import default_output, load_benchmark
+from .experiments import checkpoints_folder
 from .processor import processor_name
-from .records import find_records, runs_folder
+from .records import find_records, runs_folder, slug
+
+Run = tuple[str, int, "str | None"]
+"""Recipe, seed and data set; None: the recipe's first."""
+
+_WORTH_BEGINNING = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,13 @@ class Entry:
 
     Attributes:
         title: what it is for.
-        runs: recipe, seed and data set (None: the recipe's first) of each.
+        runs: none for the benchmark.
         small: whether networks are so small that several train side by side: one alone leaves a GPU waiting for the next
             kernel to be launched.
     """
 
     title: str
-    runs: tuple[tuple[str, int, str | None], ...] = ()
+    runs: tuple[Run, ...] = ()
     small: bool = False
 
 
@@ -59,8 +69,12 @@ def run_list(
     runs: str | Path = "",
     checkpoints: str | Path = "",
     parallel: int = 5,
+    download: bool = False,
 ) -> int:
     """Work down the list; an entry that is not expected to fit into the time left is passed over.
+
+    If time is left at the end, the first entry that was passed over is begun all the same: its checkpoint is kept, and what
+    it then still needs may fit the next time.
 
     Args:
         hours: how much time there is.
@@ -68,7 +82,9 @@ def run_list(
         device: "cuda" or "cpu".
         runs: folder of records; the benchmark's goes to its subfolder "benchmarks". Default: data/runs, data/benchmarks.
         checkpoints: see `softshare.experiments.checkpoints_folder`.
-        parallel: how many small networks train side by side.
+        parallel: how many small networks train side by side; the estimate takes it that they do not slow each other down,
+            which was not measured.
+        download: fetch data sets of which no copy is found.
 
     Returns: 0, or 1 if a run failed by itself. Raises ValueError for hours or parallel not above 0.
     """
@@ -83,43 +99,81 @@ def run_list(
         outcomes.append((title, what, outcome))
         print(f"[{max(0.0, deadline - time.monotonic()) / 3600:.2f} h left] {title}: {what}: {outcome}", flush=True)
 
-    for entry in entries():
-        if not entry.runs:
-            output = _benchmark_output(rehearse, device, runs)
-            outcome, seconds = _benchmark(rehearse, device, output, deadline)
-            speed = _measured_speed(output) if output and not rehearse else None
-            tell(entry.title, "pairwise timings", f"{outcome} after {seconds:.0f} s")
-            continue
-        waiting = [each for each in entry.runs if not _recorded(*each, profile, runs)]
-        for name, seed, _ in set(entry.runs) - set(waiting):
-            tell(entry.title, f"{name}, seed {seed}", "has its record")
+    def train(entry: Entry, waiting: Sequence[Run], needs: float) -> None:
         side = parallel if entry.small else 1
-        needs = sum(_expected(name, profile, device, speed) for name, _, _ in waiting) / side
-        left = deadline - time.monotonic()
-        if waiting and needs > left:
-            tell(
-                entry.title, ", ".join(name for name, _, _ in waiting), f"passed over: needs about {needs / 3600:.2f} h"
-            )
-            continue
-        limit = min(left, 600 + 3 * needs)
-        for (name, seed, _), outcome in _side_by_side(
-            waiting, profile, device, runs, checkpoints, side, rehearse, limit
-        ):
-            tell(entry.title, f"{name}, seed {seed}", outcome)
-    print(f"\n{'entry':40} {'run':32} outcome")
+        limit = min(deadline - time.monotonic(), 600 + 3 * needs)
+        command = ["--profile", profile, "--device", device, "--runs", str(runs), "--checkpoints", str(checkpoints)]
+        command += ["--download"] * download + ["--quiet"] * (side > 1 or rehearse)
+        for run, outcome in _side_by_side(waiting, command, side, limit, with_data=not rehearse):
+            tell(entry.title, _name(run), outcome)
+
+    passed: list[tuple[Entry, list[Run], float]] = []
+    with _terminated_like_ctrl_c():
+        for entry in entries():
+            if not entry.runs:
+                output = _benchmark_output(rehearse, device, runs)
+                if output and _is_full_benchmark(output):
+                    tell(entry.title, "pairwise timings", "has its record")
+                else:
+                    outcome, seconds = _benchmark(rehearse, device, output, deadline)
+                    tell(entry.title, "pairwise timings", f"{outcome} after {seconds:.0f} s")
+                speed = _measured_speed(output) if output else None
+                continue
+            waiting = [run for run in entry.runs if not _recorded(*run, profile, runs)]
+            for run in entry.runs:
+                if run not in waiting:
+                    tell(entry.title, _name(run), "has its record")
+            needs = sum(_still_needs(run, profile, device, speed, checkpoints) for run in waiting)
+            needs /= parallel if entry.small else 1
+            if waiting and needs > deadline - time.monotonic():
+                passed.append((entry, waiting, needs))
+                tell(entry.title, ", ".join(map(_name, waiting)), f"passed over: needs about {needs / 3600:.2f} h")
+            elif waiting:
+                train(entry, waiting, needs)
+        if passed and deadline - time.monotonic() > _WORTH_BEGINNING:
+            train(*passed[0])
+    print(f"\n{'entry':38} {'run':34} outcome")
     for title, what, outcome in outcomes:
-        print(f"{title:40} {what[:32]:32} {outcome}")
+        print(f"{title:38} {what[:34]:34} {outcome}")
     return int(any(outcome.startswith("failed") for _, _, outcome in outcomes))
 
 
-def _expected(name: str, profile: str, device: str, speed: float | None) -> float:
-    return recipes.expected_seconds(recipes.plan(name, profile), device.startswith("cuda"), speed)
+@contextlib.contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the runs that were started, as Ctrl-C does, and not leave them going without a limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _name(run: Run) -> str:
+    name, seed, data = run
+    return f"{name}, seed {seed}" + (f", {data}" if data else "")
+
+
+def _still_needs(run: Run, profile: str, device: str, speed: float | None, checkpoints: str | Path) -> float:
+    """Expected seconds, less what a checkpoint of the run has behind it."""
+    name, seed, _ = run
+    plan = recipes.plan(name, profile, seed)
+    steps = plan.settings.epochs * math.ceil((plan.sizes.get("train") or 50_000) / plan.settings.batch_size)
+    folder = checkpoints_folder(Path(f"{slug(name)}-{profile}-s{seed}-"), checkpoints)
+    found = [int(path.name[5:13]) for path in folder.parent.glob(f"{folder.name}*/step-*.safetensors")]
+    share = min(1.0, max(found, default=0) / steps)
+    return (1 - share) * recipes.expected_seconds(plan, device.startswith("cuda"), speed)
 
 
 def _recorded(name: str, seed: int, data: str | None, profile: str, runs: str | Path) -> bool:
-    title = {"cifar100": "CIFAR-100"}.get(data or "")
+    wanted = recipes.plan(name, profile, seed)
+    title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(data or "".join(wanted.recipe.data[:1]))
     return any(
-        record.seed == seed and (title is None or profile == "fast" or record.data["source"].startswith(title))
+        record.config == wanted.config()
+        and record.seed == seed
+        and (title is None or profile == "fast" or record.data["source"].split(" (")[0] == title)
         for record in find_records(runs_folder(runs, profile), name, profile)
     )
 
@@ -132,7 +186,7 @@ def _benchmark_output(rehearse: bool, device: str, runs: str | Path) -> Path | N
 
 
 def _benchmark(rehearse: bool, device: str, output: Path | None, deadline: float) -> tuple[str, float]:
-    command = [sys.executable, "-m", "softshare.benchmark", "--device", device]
+    command = [sys.executable, "-m", "softshare.benchmark", "--device", device.partition(":")[0]]
     command += ["--quick"] if rehearse else []
     command += ["--output", str(output)] if output else []
     started = time.monotonic()
@@ -144,37 +198,27 @@ def _benchmark(rehearse: bool, device: str, output: Path | None, deadline: float
 
 
 def _side_by_side(
-    waiting: Sequence[tuple[str, int, str | None]],
-    profile: str,
-    device: str,
-    runs: str | Path,
-    checkpoints: str | Path,
-    side: int,
-    rehearse: bool,
-    limit: float,
-) -> list[tuple[tuple[str, int, str | None], str]]:
+    waiting: Sequence[Run], arguments: Sequence[str], side: int, limit: float, with_data: bool
+) -> list[tuple[Run, str]]:
     """Run up to `side` of the given runs at once; all are stopped `limit` seconds from now."""
     deadline = time.monotonic() + limit
     queue, outcomes = list(waiting), []
-    going: dict[tuple[str, int, str | None], tuple[subprocess.Popen[bytes], float]] = {}
+    going: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
     try:
         while queue or going:
             while queue and len(going) < side and time.monotonic() < deadline:
-                name, seed, data = each = queue.pop(0)
-                command = [sys.executable, "-m", "softshare", "run", name, "--profile", profile, "--seed", str(seed)]
-                command += ["--device", device, "--runs", str(runs), "--checkpoints", str(checkpoints)]
-                command += ["--data", data] if data and not rehearse else []
-                command += ["--quiet"] if side > 1 or rehearse else []
-                going[each] = subprocess.Popen(command), time.monotonic()
-            for each, (process, started) in list(going.items()):
+                name, seed, data = run = queue.pop(0)
+                command = [sys.executable, "-m", "softshare", "run", name, "--seed", str(seed), *arguments]
+                command += ["--data", data] if data and with_data else []
+                going[run] = subprocess.Popen(command), time.monotonic()
+            for run, (process, started) in list(going.items()):
                 if process.poll() is not None:
-                    took = f"{time.monotonic() - started:.0f} s"
                     outcome = "done" if process.returncode == 0 else f"failed with status {process.returncode}"
-                    outcomes.append((each, f"{outcome} after {took}"))
-                    del going[each]
+                    outcomes.append((run, f"{outcome} after {time.monotonic() - started:.0f} s"))
+                    del going[run]
             if time.monotonic() >= deadline:
-                outcomes += [(each, "stopped at its limit; the same command goes on with it") for each in going]
-                outcomes += [(each, "not begun: no time left") for each in queue]
+                outcomes += [(run, "stopped at its limit; the same command goes on with it") for run in going]
+                outcomes += [(run, "not begun: no time left") for run in queue]
                 break
             time.sleep(0.05)
     finally:  # also when this process is interrupted
@@ -182,6 +226,13 @@ def _side_by_side(
             process.kill()
             process.wait()
     return outcomes
+
+
+def _is_full_benchmark(path: Path) -> bool:
+    try:
+        return not load_benchmark(path)["quick"]
+    except (OSError, ValueError):
+        return False
 
 
 def _measured_speed(path: Path) -> float | None:

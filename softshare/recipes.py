@@ -116,6 +116,8 @@ def plan(name: str, profile: str, seed: int = 0) -> Plan:
     recipe = find_recipe(name)
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and below 2**32, got {seed}")
     fast, paper = profile == "fast", profile == "paper"
     network = recipe.network
     if recipe.task == "cifar":

@@ -44,6 +44,7 @@ _FIELDS = {
     "metrics": dict,
     "history": list,
     "environment": dict,
+    "snapshots": str,
     "content": str,
 }
 
@@ -62,7 +63,9 @@ class Record:
         data: source in words and fingerprint.
         metrics: what came out, flat, by name.
         history: one dict an epoch, from `softshare.training.fit`; [] where nothing was trained.
-        environment: device, precision, versions, git revision (and whether it was dirty), wall time, date.
+        environment: device, precision, versions, git revision (and whether the package was changed), wall time, date at
+            the start; of a run that was interrupted the last process's, the others' as "earlier".
+        snapshots: SHA-256 of the file of coefficients beside it, "" if there is none.
         path: of the JSON file.
     """
 
@@ -76,11 +79,19 @@ class Record:
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     environment: dict[str, Any]
+    snapshots: str
     path: Path
 
     def similarity(self) -> SimilarityRecorder:
-        """The snapshots of coefficients. Raises FileNotFoundError if the run recorded none."""
-        return SimilarityRecorder.load(self.path.with_suffix(".npz"))
+        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError for another run's."""
+        path = self.path.with_suffix(".npz")
+        if path.exists() and _sha256(path) != self.snapshots:
+            raise ValueError(f"{path} is not the file that belongs to {self.path.name}: its checksum is another")
+        return SimilarityRecorder.load(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def runs_folder(runs: str | Path = "", profile: str = "fast") -> Path:
@@ -101,13 +112,17 @@ def run_hash(recipe: str, profile: str, seed: int, config: Mapping[str, Any], da
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def slug(recipe: str) -> str:
+    """A recipe's name as it stands in file names: "SWRN 28-10*" is swrn-28-10-dropout."""
+    return re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
+
+
 def record_path(
     recipe: str, profile: str, seed: int, config: Mapping[str, Any], data: Mapping[str, str], runs: str | Path = ""
 ) -> Path:
     """Where the record of a run stands, or will stand. Raises ValueError for an unknown profile."""
     _check_profile(profile)
-    slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
-    name = f"{slug}-{profile}-s{seed}-{run_hash(recipe, profile, seed, config, data)}.json"
+    name = f"{slug(recipe)}-{profile}-s{seed}-{run_hash(recipe, profile, seed, config, data)}.json"
     return runs_folder(runs, profile) / name
 
 
@@ -123,14 +138,15 @@ def write_record(
     similarity: SimilarityRecorder | None = None,
     seconds: float = 0.0,
     device: str = "cpu",
-    precision: str = "",
+    where: Mapping[str, Any] | None = None,
     runs: str | Path = "",
 ) -> Record:
-    """Write a record, by way of a temporary name, and return it. Raises ValueError for an unknown profile."""
+    """Write a record, whole or not at all, and return it; `where` is an `environment`, by default that of now on `device`.
+
+    Raises ValueError for an unknown profile.
+    """
     data = dict(data or {})
     path = record_path(recipe, profile, seed, config, data, runs)
-    if similarity is not None and similarity.coefficients:
-        similarity.save(path.with_suffix(".npz"))
     record = {
         "format": _FORMAT,
         "recipe": recipe,
@@ -142,9 +158,13 @@ def write_record(
         "data": data,
         "metrics": dict(metrics),
         "history": history or [],
-        "environment": environment(device) | {"precision": precision, "seconds": round(seconds, 3)},
+        "environment": dict(where or environment(device)) | {"seconds": round(seconds, 3)},
+        "snapshots": "",
     }
-    record["content"] = _content(record)
+    if similarity is not None and similarity.coefficients:
+        similarity.save(path.with_suffix(".npz"))
+        record["snapshots"] = _sha256(path.with_suffix(".npz"))
+    record["content"] = content_checksum(record)
     with written_whole(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     return read_record(path)
@@ -175,12 +195,12 @@ def read_record(path: str | Path) -> Record:
     expected = run_hash(fields["recipe"], fields["profile"], fields["seed"], fields["config"], fields["data"])
     if fields["recipe_version"] == RECIPE_VERSION and fields["hash"] != expected:
         raise ValueError(f"{path}: its hash is {fields['hash']}, its content's {expected}; it was changed by hand")
-    if fields["content"] != _content(fields):
+    if fields["content"] != content_checksum(fields):
         raise ValueError(f"{path}: its content does not have the checksum that stands in it; it was changed by hand")
     return Record(path=path, **{name: fields[name] for name in _FIELDS if name not in ("format", "content")})
 
 
-def _content(fields: Mapping[str, Any]) -> str:
+def content_checksum(fields: Mapping[str, Any]) -> str:
     """A checksum of everything in a record but itself."""
     rest = {name: value for name, value in fields.items() if name != "content"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
@@ -193,15 +213,17 @@ def find_records(folder: str | Path, recipe: str | None = None, profile: str | N
     """
     if profile is not None:
         _check_profile(profile)
-    records = [read_record(path) for path in sorted(Path(folder).glob("*.json"))]
+    pattern = "*.json" if recipe is None else f"{slug(recipe)}-*.json"
+    records = [read_record(path) for path in sorted(Path(folder).glob(pattern))]
     return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu", precision: str = "") -> dict[str, Any]:
     """Where a run took place: device, versions, git revision or None, and the date (UTC)."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor_name()
     return {
         "device": device,
+        "precision": precision,
         "hardware": name,
         "processes": distributed.world_size(),
         "cores": os.cpu_count(),
@@ -229,7 +251,13 @@ def _revision() -> dict[str, Any]:
     try:
         run = ("git", "-C", str(top))
         revision = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10)
+        status = subprocess.run(
+            [*run, "status", "--porcelain", "--", "softshare", "pyproject.toml"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return {"revision": None, "dirty": None}
     return {"revision": revision.stdout.strip(), "dirty": bool(status.stdout.strip())}

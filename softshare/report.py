@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import load_benchmark
-from .recipes import RECIPES
-from .records import Record
+from .recipes import RECIPES, plan
+from .records import RECIPE_VERSION, Record
 
 TABLES = ("cifar", "imagenet", "search")
 
@@ -53,24 +53,28 @@ def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
 def measured(records: Sequence[Record], recipe: str, metric: str, data: str, digits: int = 2) -> str:
     """What records say of one cell: mean, spread, runs, profile and data edition; "not run" without a record.
 
-    Only records of profile "paper" fill a cell of the paper's schedule; shorter ones are never shown in their place.
+    Only records of the recipe as it is planned now in profile "paper" fill a cell of the paper's schedule; shorter ones are
+    never shown in their place. Editions of a data set are told apart.
     """
-    runs = [
-        record
+    runs = {
+        (record.data["source"], record.hash): float(record.metrics[metric])
         for record in records
         if record.recipe == recipe
         and record.profile == "paper"
+        and record.recipe_version == RECIPE_VERSION
+        and record.config == plan(recipe, "paper", record.seed).config()
         and record.data.get("source", "").split(" (")[0] == data
         and metric in record.metrics
-    ]
+    }
+    sources = sorted({source for source, _ in runs})
+    if len(sources) > 1:
+        parts = ([record for record in records if record.data.get("source") == source] for source in sources)
+        return "; ".join(measured(part, recipe, metric, data, digits) for part in parts)
     if not runs:
         return NOT_RUN
-    values = [float(record.metrics[metric]) for record in runs]
-    sources = ", ".join(sorted({record.data["source"] for record in runs}))
+    values = list(runs.values())
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return (
-        f"{statistics.mean(values):.{digits}f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources})"
-    )
+    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources[0]})"
 
 
 COLUMNS = {
@@ -100,6 +104,20 @@ def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, st
             known = row["model"] in RECIPES
             cells[f"{title}, measured here"] = measured(records, row["model"], metric, data) if known else NOT_OURS
         rows.append(cells)
+    return rows
+
+
+def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Our CIFAR recipes that no published table has a row for: the controls, and the network of the similarity figures."""
+    published = {row["model"] for name in TABLES for row in paper_table(name)}
+    rows = []
+    for name, recipe in RECIPES.items():
+        if recipe.task == "cifar" and name not in published:
+            cells = {"model": name, "what for": recipe.shows}
+            for title, _, metric, data in COLUMNS["cifar"]:
+                run = data.lower().replace("-", "") in recipe.data
+                cells[f"{title}, measured here"] = measured(records, name, metric, data) if run else NOT_OURS
+            rows.append(cells)
     return rows
 
 

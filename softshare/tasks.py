@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -31,6 +32,10 @@ class Task:
     def at(self, epoch: int) -> Task:
         """The task of an epoch (from 1); another one where the data changes over training."""
         return self
+
+    def identity(self) -> str:
+        """What tells these training examples, and what is done to them, from others; "" where nothing does."""
+        return str(getattr(self, "fingerprint", ""))
 
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some training examples; the same for seed, epoch and index whatever the batch."""
@@ -67,7 +72,7 @@ class Classification(Task):
         self.augmentation = augmentation or Augmentation(*train.statistics())
         self.images, self.labels = train.images, train.labels
         self.held_out = None if held_out is None else (held_out.images, held_out.labels)
-        self.size = len(train.labels)
+        self.size, self.fingerprint = len(train.labels), train.fingerprint
         self._drawn: tuple[tuple[int, int], Tensor] | None = None
 
     def to(self, device: torch.device) -> Classification:
@@ -84,6 +89,9 @@ class Classification(Task):
             draws = self.augmentation.draw(self.size, seed, epoch, self.images.shape[-1]).to(self.images.device)
             self._drawn = (seed, epoch), draws
         return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
+
+    def identity(self) -> str:
+        return f"{self.fingerprint} {self.augmentation}"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets)
@@ -115,6 +123,9 @@ class ShortestPaths(Task):
     def to(self, device: torch.device) -> ShortestPaths:
         held_out = None if self.held_out is None else Grids(*(t.to(device) for t in self.held_out))
         return ShortestPaths(Grids(*(t.to(device) for t in self.train)), held_out)
+
+    def identity(self) -> str:
+        return hashlib.sha256(self.train.inputs.cpu().numpy()).hexdigest()  # type: ignore[arg-type]
 
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         return self.train.inputs[indices].float(), self.train.targets[indices].float()
@@ -148,6 +159,9 @@ class Curriculum(Task):
 
     def to(self, device: torch.device) -> Curriculum:
         return Curriculum([phase.to(device) for phase in self.phases], self.epochs)
+
+    def identity(self) -> str:
+        return " ".join([str(self.epochs), *(phase.identity() for phase in self.phases)])
 
     def at(self, epoch: int) -> ShortestPaths:
         return self.phases[min(max(0, epoch - 1) // self.epochs, len(self.phases) - 1)]

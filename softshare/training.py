@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import distributed
 from .arguments import count
 from .checkpoints import (
+    ForeignCheckpoint,
     load_optimizer_tensors,
     newest_checkpoint,
     optimizer_tensors,
@@ -76,7 +77,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "evaluate_every"):
-            count(name, getattr(self, name))
+            object.__setattr__(self, name, count(name, getattr(self, name)))
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
         if self.optimizer not in OPTIMIZERS:
@@ -85,6 +86,7 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
             if not math.isfinite(value) or value < 0 or (value == 0 and name in ("rate", "factor")):
                 least = "above 0" if name in ("rate", "factor") else "at least 0"
                 raise ValueError(f"{name} must be finite and {least}, got {value}")
@@ -92,13 +94,23 @@ class Settings:
             raise TypeError(f"milestones must be fractions of the epochs, such as (0.3, 0.6), got {self.milestones!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "milestones", tuple(float(each) for each in self.milestones))
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The given device, or CUDA where there is one, else the CPU. Raises RuntimeError for CUDA where there is none."""
+    """The given device, or CUDA where there is one, else the CPU.
+
+    Raises RuntimeError for CUDA where there is none, ValueError for a device that nobody knows.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; known: cpu, cuda, cuda:0, ...") from error
+    if device.type == "meta":
+        raise ValueError("the meta device holds no values, so nothing can be computed there; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here"
@@ -195,8 +207,9 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train a model in place.
 
-    With `checkpoints`, a run that was killed goes on where its newest checkpoint left it, and on a CPU ends with the same
-    weights, bit for bit, as one that never was. Under ``torchrun`` every process calls this with the same arguments: a
+    With `checkpoints`, a run that was killed goes on where its newest checkpoint left it, and in one process on a CPU ends
+    with the same weights, bit for bit, as one that never was. (Among several processes dropout goes on with other random
+    numbers.) Under ``torchrun`` every process calls this with the same arguments: a
     batch is divided among them, gradients are averaged by DistributedDataParallel, process 0 writes and speaks for all.
 
     Args:
@@ -226,6 +239,8 @@ def fit(
         raise TypeError(
             f"fit takes a torch.nn.Module and Settings, got {type(model).__name__}, {type(settings).__name__}"
         )
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds must be at least 0, got {checkpoint_seconds}")
     with distributed.process_group(pick_device(device)) as place:
         folder = None if checkpoints is None else Path(checkpoints).expanduser()
         run = _Run(model, task.to(place), settings, callbacks, place, folder, checkpoint_seconds)
@@ -234,6 +249,10 @@ def fit(
             return run.train()
         finally:
             run.display.close()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 class _Run:
@@ -255,9 +274,8 @@ class _Run:
         self.callbacks, self.folder, self.pause = list(callbacks), folder, pause
         self.dtype = pick_precision(settings.precision, device)
         self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
-        torch.backends.cudnn.benchmark = (
-            device.type == "cuda"
-        )  # shapes never change, so the fastest kernels are looked for
+        # Shapes never change, so the fastest kernels are looked for.
+        torch.backends.cudnn.benchmark = device.type == "cuda"
         model.to(device=device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -265,11 +283,13 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.order = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
-        shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+        shapes = [f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items()]
         self.identity = {
-            "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+            "model": _digest(str(model), *shapes),  # a model's text has what its weights have not, such as dropout
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "examples": task.size,
+            "data": _digest(task.identity()),
+            "callbacks": [type(callback).__name__ for callback in callbacks if hasattr(callback, "state_dict")],
             **json.loads(json.dumps(asdict(settings))),
         }
         self.epoch, self.step = 1, 0  # the epoch that goes on, and its steps done
@@ -286,7 +306,9 @@ class _Run:
 
     def train(self) -> list[dict[str, float]]:
         settings, model = self.settings, self.model
-        if not self._resume():
+        resumed = self._resume()
+        distributed.agree("the epoch and step to go on at", self.epoch, self.step)
+        if not resumed:
             self._call(0)
         elif self.epoch > settings.epochs:
             self.display.say(f"finished already: {self.last_good}")
@@ -414,8 +436,17 @@ class _Run:
         found = newest_checkpoint(self.folder, self.identity) if self.folder else None
         if found is None:
             return False
-        self.last_good, tensors, facts = found
+        path, tensors, facts = found
+        try:
+            self._restore(tensors, facts)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ForeignCheckpoint(f"{path} does not hold what this run needs: {error}") from error
+        self.last_good = path
+        self.display.begin_at((self.epoch - 1) * self.task.size + self.step * self.settings.batch_size)
+        self.display.say(f"going on at epoch {self.epoch}, step {self.step + 1}, from {path}")
+        return True
 
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -429,15 +460,14 @@ class _Run:
                 callback.load_state_dict(part(f"callback.{number}."))
         self.epoch, self.step, self.seconds = facts["epoch"], facts["step"], facts["seconds"]
         self.checked, self.history = self.step, facts["history"]
+        if not 0 <= self.step < self.steps or len(self.history) != self.epoch - 1:
+            raise ValueError(f"epoch {self.epoch}, step {self.step}, {len(self.history)} epochs of history")
         if distributed.rank() == 0:
             torch.set_rng_state(tensors["random.cpu"])
             if self.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         else:  # only process 0's state is kept; the others' dropout goes on with numbers of its own
             torch.manual_seed(self.settings.seed + 1_000_003 * distributed.rank() + self.total_steps)
-        self.display.begin_at((self.epoch - 1) * self.task.size + self.step * self.settings.batch_size)
-        self.display.say(f"going on at epoch {self.epoch}, step {self.step + 1}, from {self.last_good}")
-        return True
 
 
 def try_compiled(module: nn.Module, task: Task, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> nn.Module:

@@ -110,12 +110,12 @@ def test_a_safetensors_file_of_others_is_foreign(tmp_path):
 
 
 def test_pruning_keeps_the_newest_and_what_is_not_ours(tmp_path):
-    first, second, third, stale = filled(tmp_path, (10, 20, 30, 40))
+    first, second, third, later = filled(tmp_path, (10, 20, 30, 40))
     other = filled(tmp_path, (5,), {"run": "b"})[0]
     left = tmp_path / f"{third.name}.123.part"
     left.write_bytes(b"half")
     checkpoints.prune_checkpoints(tmp_path, 30, RUN)
-    assert sorted(tmp_path.iterdir()) == sorted([other, second, third])
+    assert sorted(tmp_path.iterdir()) == sorted([other, second, third, later])
 
 
 def test_a_finished_run_is_taken_up_at_its_end(task, tmp_path):

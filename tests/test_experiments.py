@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import softshare
-from softshare import experiments, images, models, processor, records, report
+from softshare import experiments, images, models, processor, recipes, records, report
 from softshare.tasks import Classification
 from softshare.training import Settings
 
@@ -47,6 +47,33 @@ def test_a_record_says_what_was_run(record):
     assert records.find_records(found.path.parent, "SWRN 16-1*", "fast") == [found]
     assert records.find_records(found.path.parent, "WRN 16-1") == []
     assert not list(found.path.parent.glob("*.part"))
+
+
+def test_snapshots_of_another_run_are_refused(record, tmp_path):
+    for suffix in (".json", ".npz"):
+        shutil.copy(record[0].path.with_suffix(suffix), tmp_path / f"x{suffix}")
+    found = records.read_record(tmp_path / "x.json")
+    assert found.similarity().steps == [0, 1, 2]
+    other = softshare.SimilarityRecorder()
+    other.record(models.swrn(16, 1), 0)
+    other.save(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="its checksum is another"):
+        found.similarity()
+
+
+def test_a_record_says_whether_the_package_was_changed(tmp_path, monkeypatch):
+    """A real checkout: records beside the package do not make it dirty, a changed module does."""
+    (tmp_path / "softshare").mkdir()
+    for name in ("pyproject.toml", "softshare/records.py", "softshare/__init__.py"):
+        (tmp_path / name).write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "softshare" / "records.py"))
+    (tmp_path / "record.json").write_text("{}")
+    assert records.environment()["dirty"] is False and len(records.environment()["revision"]) == 40
+    (tmp_path / "softshare" / "records.py").write_text("x = 1")
+    assert records.environment()["dirty"] is True
 
 
 def test_similarities_come_with_the_record(record):
@@ -104,28 +131,35 @@ def test_tables_hold_the_posters_figures():
 
 
 def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
-    def run(profile, seed, error, source="CIFAR-10 (JPEG)"):
+    def run(profile, seed, error, source="CIFAR-10 (JPEG)", **change):
+        config = recipes.plan("SWRN 28-10-2*", profile, seed).config() | change
+        data = {"source": source}
         records.write_record(
-            "SWRN 28-10-2",
+            "SWRN 28-10-2*",
             profile=profile,
             seed=seed,
-            config={},
+            config=config,
+            data=data,
             metrics={"error": error},
-            data={"source": source},
             runs=tmp_path,
         )
 
     def cell():
-        return report.measured(records.find_records(tmp_path), "SWRN 28-10-2", "error", "CIFAR-10")
+        return report.measured(records.find_records(tmp_path), "SWRN 28-10-2*", "error", "CIFAR-10")
 
     run("fast", 0, 60.0)
     run("gpu", 0, 6.0)
     run("paper", 0, 17.0, "CIFAR-100")
+    run("paper", 0, 9.0, cutout=16)  # not the recipe's
     assert cell() == "not run"
     run("paper", 0, 3.0)
     assert cell() == "3.00 (1 run, paper, CIFAR-10 (JPEG))"
     run("paper", 1, 4.0)
     assert cell() == "3.50 ± 0.71 (2 runs, paper, CIFAR-10 (JPEG))"
+    found = next(iter(tmp_path.glob("*-paper-s1-*.json")))
+    shutil.copy(found, tmp_path / "a-copy.json")  # counts once
+    run("paper", 2, 5.0, "CIFAR-10")
+    assert cell() == "5.00 (1 run, paper, CIFAR-10); 3.50 ± 0.71 (2 runs, paper, CIFAR-10 (JPEG))"
 
 
 def test_html_is_escaped():

@@ -293,7 +293,8 @@ def test_run_fold_and_report_from_the_command_line(tmp_path, capsys):
     assert cli.main(["report", "--runs", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "1 records in" in told and "ResNeXt-29 16x64" in told and "rectangle rule" in told
-    assert "SWRN 40-8-8" not in told  # a run of profile fast fills no cell
+    (line,) = (line for line in told.splitlines() if line.startswith("SWRN 40-8-8 "))
+    assert "not run" in line and "fast" not in line  # a run of profile fast fills no cell
 
 
 class TestGpuList:
@@ -309,37 +310,107 @@ class TestGpuList:
         assert [each[0][0] for each in runs[6:8]] == ["WRN 28-10 cutout", "SWRN 28-10-2 cutout"]
         assert {each[0][0] for each in runs[8:]} == {name for name in RECIPES if name.endswith("*")}
 
-    @pytest.mark.parametrize(("hours", "chosen"), [(0.01, []), (0.5, ["curriculum"]), (5, ["curriculum", "pair"])])
+    @pytest.mark.parametrize(
+        ("hours", "chosen"), [(0.06, []), (0.5, ["curriculum", "pair"]), (5, ["curriculum", "pair", "pair"])]
+    )
     def test_what_fits_is_chosen_from_the_top(self, hours, chosen, tmp_path, monkeypatch, capsys):
-        """At the assumed speed the curriculum takes minutes side by side, a pair of WRN 28-6 about four hours."""
-        done = []
-        clock = [0.0]
+        """At the assumed speed the curriculum takes minutes side by side, a pair of WRN 28-6 about four hours.
+
+        With time left, the first entry that does not fit is begun at the end.
+        """
+        done, clock = [], [0.0]
         monkeypatch.setattr(gpu_list.time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(gpu_list, "_benchmark", lambda *_: ("done", 1.0))
 
-        def train(waiting, profile, device, runs, checkpoints, side, rehearse, limit):
+        def train(waiting, arguments, side, limit, with_data):
             done.append("curriculum" if waiting[0][0] == "CNN" else "pair")
-            clock[0] += sum(gpu_list._expected(name, profile, device, None) for name, _, _ in waiting) / side
-            assert profile == "paper" and clock[0] <= hours * 3600 and limit <= hours * 3600
-            return [(each, "done after 1 s") for each in waiting]
+            needs = sum(gpu_list._still_needs(run, "paper", "cuda", None, tmp_path) for run in waiting) / side
+            clock[0] += min(needs, limit)
+            assert arguments[:4] == ["--profile", "paper", "--device", "cuda"] and with_data
+            assert clock[0] <= hours * 3600 + 1e-6
+            return [(run, "done after 1 s") for run in waiting]
 
         monkeypatch.setattr(gpu_list, "_side_by_side", train)
-        assert gpu_list.run_list(hours, device="cuda", runs=tmp_path) == 0
+        assert gpu_list.run_list(hours, device="cuda", runs=tmp_path, checkpoints=tmp_path) == 0
         assert done == chosen
         assert "passed over: needs about" in capsys.readouterr().out
 
-    def test_a_failed_run_is_told_and_others_go_on(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(
-            gpu_list, "entries", lambda: [gpu_list.Entry("broken", (("CNN", -1, None), ("CNN", 0, None)))]
+    def test_what_a_checkpoint_has_behind_it_is_not_needed_again(self, tmp_path):
+        run = ("SWRN 28-14-2*", 3, "cifar100")
+        whole = gpu_list._still_needs(run, "paper", "cuda", None, tmp_path)
+        folder = tmp_path / "swrn-28-14-2-dropout-paper-s3-0123456789ab"
+        folder.mkdir()
+        (folder / f"step-{391 * 150:08d}-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors").touch()
+        assert gpu_list._still_needs(run, "paper", "cuda", None, tmp_path) == pytest.approx(whole / 4)
+        assert gpu_list._still_needs(("SWRN 28-14-2*", 4, None), "paper", "cuda", None, tmp_path) == whole
+
+    def test_only_the_same_run_on_the_same_data_counts_as_done(self, tmp_path):
+        def write(seed, source, **change):
+            config = plan("WRN 28-10*", "paper", seed).config() | change
+            place = {"profile": "paper", "seed": seed, "runs": tmp_path}
+            records.write_record("WRN 28-10*", config=config, data={"source": source}, metrics={}, **place)
+
+        def recorded(seed, data):
+            return gpu_list._recorded("WRN 28-10*", seed, data, "paper", tmp_path)
+
+        write(0, "CIFAR-100")
+        write(1, "digits")
+        write(2, "CIFAR-10", cutout=16)
+        assert recorded(0, "cifar100") and not recorded(0, "cifar10") and not recorded(0, None)
+        assert not recorded(1, None) and not recorded(2, None) and not recorded(5, "cifar100")
+        write(2, "CIFAR-10 (JPEG)")
+        assert recorded(2, None) and recorded(2, "cifar10") and not recorded(2, "cifar100")
+
+    def test_the_command_of_a_run(self, tmp_path, monkeypatch):
+        """A stand-in for the interpreter writes down what it was called with."""
+        program = tmp_path / "python"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+        program.chmod(0o755)
+        monkeypatch.setattr(gpu_list.sys, "executable", str(program))
+        runs = [("WRN 28-10*", 2, "cifar100"), ("CNN", 0, None)]
+        for with_data in (True, False):
+            outcomes = gpu_list._side_by_side(runs, ["--quiet"], 1, 60.0, with_data)
+            assert [run for run, _ in outcomes] == runs
+        calls = (tmp_path / "calls").read_text().splitlines()
+        start = "-m softshare run"
+        assert calls[0] == f"{start} WRN 28-10* --seed 2 --quiet --data cifar100"
+        assert calls[1:] == [f"{start} CNN --seed 0 --quiet", f"{start} WRN 28-10* --seed 2 --quiet", calls[1]]
+
+    def test_sigterm_ends_the_runs_too(self, tmp_path):
+        command = [sys.executable, "-m", "softshare", "gpu", "--hours", "1", "--device", "cpu"]
+        command += ["--runs", str(tmp_path), "--checkpoints", str(tmp_path / "c")]
+        code = (
+            "import sys; from softshare import cli, gpu_list, recipes\n"
+            "gpu_list.entries = lambda: [gpu_list.Entry('one', (('CNN', 0, None),))]\n"
+            "recipes.GPU_SPEED = recipes.CPU_SPEED = 1e15\n"
+            "sys.exit(cli.main(sys.argv[1:]))"
         )
+        command[1:3] = ["-c", code]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("needs Linux")
+        limit = time.monotonic() + 60
+        while not (found := children.read_text().split()) and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 143 and found
+        assert not any(Path(f"/proc/{child}").exists() for child in found)
+
+    def test_a_failed_run_is_told_and_others_go_on(self, tmp_path, monkeypatch, capsys):
+        entry = gpu_list.Entry("broken", (("WRN 28-6", 0, None), ("CNN", 0, None)))
+        monkeypatch.setattr(gpu_list, "entries", lambda: [entry])
+        monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
         assert gpu_list.run_list(0.1, rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c") == 1
         told = capsys.readouterr().out
-        assert "CNN, seed -1: failed with status 1" in told and "CNN, seed 0: done after" in told
+        assert "WRN 28-6, seed 0: failed with status 1" in told and "CNN, seed 0: done after" in told
 
-    def test_a_run_over_its_limit_is_stopped(self, tmp_path, monkeypatch, capsys):
+    def test_a_run_over_its_limit_is_stopped(self, tmp_path):
         waiting = [("CNN", seed, None) for seed in range(3)]
         started = time.monotonic()
-        outcomes = gpu_list._side_by_side(waiting, "paper", "cpu", tmp_path, tmp_path / "c", 2, False, 2.0)
+        arguments = ["--profile", "paper", "--device", "cpu", "--runs", str(tmp_path), "--checkpoints", str(tmp_path)]
+        outcomes = gpu_list._side_by_side(waiting, arguments, 2, 2.0, with_data=True)
         assert time.monotonic() - started < 10
         assert [outcome.split(":")[0] for _, outcome in outcomes] == [
             "stopped at its limit; the same command goes on with it",
