@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import softshare
-from softshare import checkpoints, images, models
+from softshare import checkpoints, images, models, shortest_path
 from softshare.checkpoints import ForeignCheckpoint, newest_checkpoint, read_checkpoint, write_checkpoint
-from softshare.tasks import Classification
+from softshare.tasks import Classification, Curriculum, ShortestPaths
 from softshare.training import Settings, fit
 
 HERE = Path(__file__).parent
@@ -151,6 +152,109 @@ def test_a_checkpoint_of_another_run_is_refused(task, tmp_path, change, message)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def other_images(task):
+    train = images.load("digits", "train").shrunk(4).split(90, seed=5)[0]
+    return Classification(train, None, task.augmentation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda task: {"task": other_images(task)},
+        lambda task: {"augmentation": dataclasses.replace(task.augmentation, cutout=4)},
+        lambda task: {"model": models.swrn(16, 1, dropout=0.3)},
+        lambda task: {"callbacks": [softshare.SimilarityRecorder()]},
+    ],
+    ids=["images", "augmentation", "dropout", "callbacks"],
+)
+def test_what_no_shape_tells_apart_is_told_apart(task, tmp_path, change):
+    settings = Settings(epochs=1, batch_size=30, rate=0.05)
+    fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)
+    changed = change(task)
+    other = changed.get("task", task)
+    if "augmentation" in changed:
+        other = other.to(torch.device("cpu"))
+        other.augmentation = changed["augmentation"]
+    model = changed.get("model") or models.swrn(16, 1)
+    with pytest.warns(UserWarning), pytest.raises(ForeignCheckpoint, match="belongs to another run"):
+        fit(model, other, settings, changed.get("callbacks", ()), progress=False, checkpoints=tmp_path)
+
+
+def test_grids_and_curricula_are_told_apart():
+    def phase(seed):
+        return ShortestPaths(shortest_path.generate(5, size=8, box=3, seed=seed))
+
+    names = [phase(0).identity(), phase(1).identity()]
+    names += [Curriculum([phase(0), phase(1)], epochs).identity() for epochs in (1, 2)]
+    names.append(Curriculum([phase(1), phase(0)], 1).identity())
+    assert len(set(names)) == 5 and phase(0).identity() == names[0]
+
+
+def test_a_disk_that_cannot_be_read_now_costs_nothing(task, tmp_path, monkeypatch):
+    settings = Settings(epochs=2, batch_size=30, rate=0.05)
+    fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path, checkpoint_seconds=0)
+    before = sorted(tmp_path.iterdir())
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "read_checkpoint", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_whole_checkpoint_that_lacks_something_is_refused_by_name(task, tmp_path):
+    settings = Settings(epochs=1, batch_size=30, rate=0.05)
+    fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)
+    (path,) = tmp_path.iterdir()
+    identity, tensors, facts = read_checkpoint(path)
+    path.unlink()
+    for change in ({"tensors": {**tensors, "losses": torch.zeros(99)}}, {"facts": {**facts, "step": 3, "epoch": 1}}):
+        folder = tmp_path / next(iter(change))
+        made = write_checkpoint(folder, 3, identity, change.get("tensors", tensors), change.get("facts", facts))
+        with pytest.raises(ForeignCheckpoint, match=f"{made.name} does not hold what this run needs"):
+            fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=folder)
+
+
+def test_the_scaler_goes_on_where_it_was(task, tmp_path, monkeypatch):
+    """Its scale falls while gradients overflow at the start; begun anew, it would skip those steps again."""
+    scaler = torch.amp.GradScaler
+    start = {"init_scale": 2.0**40}
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, **start))
+    settings = Settings(epochs=2, batch_size=10, rate=0.01, precision="float16")
+    arguments = {"progress": False, "device": "cpu", "checkpoints": tmp_path, "checkpoint_seconds": 0}
+    whole, stopped = models.swrn(16, 1), models.swrn(16, 1)
+    stopped.load_state_dict(whole.state_dict())
+    fit(whole, task, settings, progress=False, device="cpu")
+
+    def stop(model, epoch):
+        if epoch == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(stopped, task, settings, [stop], **arguments)
+    scale = newest_checkpoint(tmp_path, read_checkpoint(next(tmp_path.iterdir()))[0])[2]["scaler"]["scale"]
+    assert 1 < scale < 2.0**40
+    fit(stopped, task, settings, [lambda model, epoch: None], **arguments)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(stopped.state_dict()[name], value), name
+
+
+def test_a_resumed_epoch_keeps_its_time_and_is_evaluated_as_planned(task, tmp_path):
+    settings = Settings(epochs=3, batch_size=30, rate=0.05, evaluate_every=2)
+    history = fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path, checkpoint_seconds=0)
+    assert ["held_out_error" in row for row in history] == [False, True, True]
+    newest, before = sorted(tmp_path.iterdir(), reverse=True)
+    assert newest.name.startswith("step-00000009") and before.name.startswith("step-00000008")
+    newest.unlink()
+    identity, tensors, facts = read_checkpoint(before)
+    before.unlink()
+    write_checkpoint(tmp_path, 8, identity, tensors, facts | {"seconds": 1000.0})
+    assert fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)[-1]["seconds"] > 1000.0
+
+
 class Stop(Exception):
     pass
 
@@ -256,7 +360,7 @@ def test_a_compiler_that_fails_is_left_out_and_says_so(task):
     code = """
 import warnings, torch, softshare
 from softshare import images, models
-from softshare.tasks import Classification
+from softshare.tasks import Classification, Curriculum, ShortestPaths
 from softshare.training import Settings, fit
 torch.set_num_threads(1)
 train = images.load("digits", "train").shrunk(4).split(60)[0]
@@ -303,6 +407,12 @@ def test_two_processes_train_as_one_and_survive_a_killed_worker(tmp_path):
     assert pair[0]["digest"] == pair[1]["digest"]  # weights and templates stay in step, to the bit
     assert pair[0]["losses"] == pair[1]["losses"] and pair[0]["accuracy"] == pair[1]["accuracy"]
     assert not list(tmp_path.glob("pair-checkpoints/*.part"))
+
+    # Where processes see different folders, all of them stop before a step is taken.
+    script = [str(HERE / "together.py"), str(tmp_path / "apart"), str(tmp_path / "pair-checkpoints"), "-1"]
+    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([sys.executable, *engine, *script], capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and "do not agree on the epoch and step to go on at" in done.stderr
 
     killed = together(tmp_path, "killed", 2, kill=3)
     assert [found["life"] for found in killed] == [1, 1]  # both were started again

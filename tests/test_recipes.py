@@ -19,6 +19,7 @@ from PIL import Image
 
 import softshare
 from softshare import cli, experiments, gpu_list, images, recipes, records, report, training
+from softshare.checkpoints import read_checkpoint, write_checkpoint
 from softshare.experiments import run
 from softshare.recipes import RECIPES, plan
 from softshare.tasks import Classification
@@ -69,6 +70,38 @@ def test_the_papers_schedule():
     assert paths.settings.epochs == 250 and paths.settings.optimizer == "adam" and paths.settings.penalty == 0.01
     assert {training.learning_rate(paths.settings, epoch) for epoch in range(250)} == {0.01}
     assert paths.sizes["boxes"] == [5, 9, 13, 17, 21] and paths.sizes["train"] == 5000 and paths.sizes["side"] == 32
+
+
+def test_what_each_profile_chooses():
+    """Everything that decides the outcome, against literals."""
+    sgd = {
+        "optimizer": "sgd",
+        "rate": 0.1,
+        "factor": 0.2,
+        "weight_decay": 5e-4,
+        "penalty": 0.0,
+        "milestones": [0.3, 0.6, 0.8],
+    }
+    adam = {"optimizer": "adam", "rate": 0.01, "weight_decay": 0.0, "milestones": []}
+    boxes = [5, 9, 13, 17, 21]
+    wanted = {
+        ("WRN 28-6 cutout", "fast"): ("WRN 28-1", 2, 50, sgd, {"train": 300, "held_out": 100, "test": 200, "side": 16}),
+        ("SWRN 28-10-2*", "gpu"): ("SWRN 28-10-2*", 10, 128, sgd, {"train": 45_000, "held_out": 5_000, "side": 32}),
+        ("SWRN 40-8-8", "paper"): ("SWRN 40-8-8", 200, 128, sgd, {"train": None, "held_out": 0, "test": None, "side": 32}),
+        ("SCNN lambda 0.001", "gpu"): ("SCNN", 50, 100, adam | {"penalty": 1e-3}, {"obstacles": 0.1, "boxes": boxes}),
+        ("SCNN 100 layers", "paper"): ("SCNN-100", 250, 100, adam, {"train": 5_000, "width": 32, "epochs_a_phase": 50}),
+        ("SWRN 50-2", "paper"): ("SWRN 50-2", 100, 256, sgd | {"factor": 0.1, "weight_decay": 1e-4,
+                                                             "milestones": [0.3, 0.6, 0.9]}, {"side": 224}),
+    }  # fmt: skip
+    for (name, profile), (network, epochs, batch, settings, sizes) in wanted.items():
+        found = plan(name, profile, 7).config()
+        assert found["network"] == network and found["settings"] | settings == found["settings"], name
+        assert found["settings"]["epochs"] == epochs and found["settings"]["batch_size"] == batch, name
+        assert found["sizes"] | sizes == found["sizes"] and found["settings"]["seed"] == 7, name
+    assert plan("SWRN 40-8-8", "paper").config()["dense_epochs"] == 5
+    assert plan("WRN 28-10", "paper").config()["dense_epochs"] == 0
+    with pytest.raises(ValueError, match="below 2\\*\\*32"):
+        plan("SCNN", "fast", 2**32)
 
 
 @pytest.fixture
@@ -133,6 +166,12 @@ def test_a_second_call_finds_the_record_and_a_seed_or_profile_does_not(tmp_path,
         run("SWRN 28-6-2 cutout", "fast", seed=1, **places)
     with pytest.raises(FileNotFoundError, match="records travel, checkpoints do not"):
         experiments.trained(first, tmp_path / "elsewhere")
+    (end,) = (tmp_path / "checkpoints").rglob("*.safetensors")
+    identity, tensors, facts = read_checkpoint(end)
+    end.unlink()  # only one of the middle is left, as after a disk was full at the end
+    write_checkpoint(end.parent, 6, identity, tensors, facts | {"epoch": 2})
+    with pytest.raises(FileNotFoundError, match="no checkpoint of the end"):
+        experiments.trained(first, tmp_path / "checkpoints")
 
 
 def test_the_test_set_is_looked_at_once_at_the_end(tmp_path, monkeypatch):
@@ -194,6 +233,27 @@ def softly(*arguments: str, **named) -> subprocess.CompletedProcess:
         env=environment,
         **named,
     )
+
+
+@pytest.mark.long
+def test_two_processes_run_a_recipe_and_one_of_them_writes(tmp_path):
+    """BatchNorm and dropout among them; a run that was stopped says in its record where it was before."""
+    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "softshare"]
+    arguments = ["run", "SWRN 28-10-2*", "--data", "digits", "--quiet", "--device", "cpu", "--checkpoint-seconds", "0"]
+    arguments += ["--runs", str(tmp_path), "--checkpoints", str(tmp_path / "c")]
+    done = subprocess.run(
+        [*engine, *arguments], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("  record ") == 1
+    (record,) = records.find_records(tmp_path)
+    assert record.environment["processes"] == 2 and "earlier" not in record.environment
+    before = record.path.stat().st_mtime_ns
+    record.path.unlink()  # and once more from its last checkpoint, with one process
+    assert softly(*arguments).returncode == 0
+    (again,) = records.find_records(tmp_path)
+    assert again.path.stat().st_mtime_ns != before and again.metrics["error"] == record.metrics["error"]
+    assert again.environment["processes"] == 1 and again.environment["earlier"][0]["processes"] == 2
 
 
 @pytest.mark.long

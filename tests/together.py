@@ -1,7 +1,8 @@
 """Trains a network without batch statistics, alone or under torchrun, and writes what came out.
 
 Run as ``python together.py OUT CHECKPOINTS KILL`` or ``torchrun ... together.py ...``. Each process writes OUT/<rank>.json;
-with KILL above 0 the last process kills itself before that epoch, in its first life.
+with KILL above 0 the last process kills itself before that epoch, in its first life; with -1 it looks for checkpoints
+elsewhere.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ def main() -> None:
     softshare.share_(net, 2)
 
     def die(model: nn.Module, epoch: int) -> None:
-        if kill and epoch == kill and life == 0 and distributed.rank() == distributed.world_size() - 1:
+        if kill > 0 and epoch == kill and life == 0 and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     settings = Settings(epochs=4, batch_size=26, rate=0.02, precision="float32", penalty=0.001)
     with distributed.process_group(torch.device("cpu")):
+        if kill == -1 and distributed.rank() == 1:
+            folder = folder / "elsewhere"
         history = fit(net, task, settings, [die], "cpu", progress=False, checkpoints=folder, checkpoint_seconds=0)
         weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
         found = {
