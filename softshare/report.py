@@ -43,7 +43,7 @@ def benchmarks() -> list[dict[str, Any]]:
 def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The ratios of a benchmark's record as rows of text: the median over rounds, and from least to most."""
     rows = []
-    for name, (median, least, most) in record["ratios"].items():
+    for name, (median, least, most) in (record["ratios"] | record["generator"]["ratios"]).items():
         goal = [each for each in record["targets"] if each["what"].endswith(f": {name}") and each["met"] is not None]
         aim = f"{goal[0]['target']}: {'met' if goal[0]['met'] else 'not met'}" if goal else ""
         rows.append({"ratio": name, "median": f"{median:.3g}", "range": f"{least:.3g} to {most:.3g}", "goal": aim})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,8 @@ import torch
 from softshare import benchmark, contenders, files, models, plotting
 from softshare.augmentation import Augmentation
 from softshare.images import STATISTICS, ImageSet
-from softshare.sharing import shared_layers
+from softshare.sharing import banks, shared_layers
+from softshare.tasks import Classification
 
 matplotlib.use("Agg")
 
@@ -41,9 +45,9 @@ SECTIONS = {
     "memory": {"how": "", "bytes": {"ours": 2**20, "plain": 2**20, "authors": 2**21}},
     "epoch": {"how": "", "seconds": {"ours": 1000.0, "plain": 1000.0, "authors": 3000.0}},
     "ceiling": {},
-    "generator": {"networkx": "not measured: needs networkx", "seconds": {"generate": [1e-5, 1.23456789e-5]}},
-    "folding": {"seconds": {"plan": [0.1], "fold": [0.2]}},
-    "inference": {"seconds": {"folded": [0.1], "unfolded": [0.1]}},
+    "generator": {"ratios": {}, "seconds": {"generate": [1e-5, 1.23456789e-5]}},
+    "folding": {"seconds": {"plan": [0.1, 0.1], "fold": [0.2, 0.2]}},
+    "inference": {"seconds": {"folded": [0.1, 0.1], "unfolded": [0.1, 0.1]}},
     "cost by templates": {
         "model": "SWRN 28-1-k",
         "plain": "WRN 28-1",
@@ -64,7 +68,7 @@ def written(tmp_path, monkeypatch, capsys):
     """The path of a record made of hand-made numbers, as for SWRN 16-4-2 on a CPU, and the table that was printed."""
     monkeypatch.setattr(benchmark, "measure", lambda *_: copy.deepcopy(SECTIONS))
     path = tmp_path / "deep" / "record.json"
-    assert benchmark.main(["--device", "cpu", "--output", str(path)]) == 0
+    assert benchmark.main(["--device", "cpu", "--rounds", "2", "--output", str(path)]) == 0
     return path, capsys.readouterr().out
 
 
@@ -88,8 +92,10 @@ def test_a_quick_run_measures_everything_and_writes_one_whole_record(quick):
     assert record["quick"] is True and record["gpu"] == "not measured" and record["threads"] == 1
     assert all(len(times) == 2 for part in benchmark._TIMED for times in record[part]["seconds"].values())
     assert set(record["steps"]["seconds"]) >= {"ours", "plain", "authors", "data path", "matrix product", "copy"}
-    assert record["steps"]["workers"] == 2 and any("workers" in note for note in record["notes"])
+    workers = record["steps"]["workers"]
+    assert 1 <= workers <= 4 and any(f"{workers} workers" in note for note in record["notes"])
     assert set(record["generator"]["seconds"]) == {"generate", "networkx"}
+    assert record["generator"]["ratios"]["networkx / generate"][0] > 10
     assert set(record["cost by templates"]["ratios"]) == {"1", "2"}
     assert "(3 -> 4) x 4" in record["folding"]["plan"][1]
     middle = np.median(record["steps"]["seconds"]["ours"])
@@ -100,7 +106,17 @@ def test_a_quick_run_measures_everything_and_writes_one_whole_record(quick):
         assert all(5 * 2**20 < peak < 2**30 for peak in record["memory"]["bytes"].values())
     assert all(target["measured"] == "not measured" and target["met"] is None for target in record["targets"])
     assert max(map(len, done.stdout.splitlines())) <= 100
-    assert " s  generator" in done.stderr
+    assert " s  steps" in done.stderr
+
+
+def by_hand():
+    """The multiply-adds of WRN 16-1 for one image; each convolution: output pixels times weights."""
+    total = 32 * 32 * 3 * 16 * 9
+    for stage, width in enumerate((16, 32, 64)):
+        pixels = (32 >> stage) ** 2
+        total += pixels * 9 * (max(16, width // 2) * width + 3 * width * width)
+        total += pixels * width // 2 * width if stage else 0  # the shortcut
+    return total + 64 * 10
 
 
 @pytest.mark.long
@@ -114,6 +130,7 @@ def test_the_ratios_of_a_record_follow_from_its_seconds(quick):
     by_round = np.array(costs["seconds"]["2"]) / costs["seconds"]["plain"]
     np.testing.assert_allclose(costs["ratios"]["2"][0], np.median(by_round), rtol=1e-4)
     ceiling, steps = record["ceiling"], record["steps"]
+    assert ceiling["multiply-adds an image"] == by_hand()
     flops = 6 * ceiling["multiply-adds an image"] * steps["batch"] / np.array(seconds["ours"])
     rate = 2 * ceiling["matrix side"] ** 3 / np.array(seconds["matrix product"])
     np.testing.assert_allclose(record["ratios"]["share of the matrix ceiling"][0], np.median(flops / rate), rtol=1e-4)
@@ -126,121 +143,175 @@ def test_a_ratio_is_taken_within_rounds():
     assert benchmark.ratio({"a": [1.0, 8.0], "b": [1.0, 2.0]}, "a", "b", 10.0) == (25.0, 10.0, 40.0)
 
 
-def test_turns_alternate_and_count_every_call_but_the_warm_up(monkeypatch):
+def test_turns_alternate_and_take_a_tenth_of_a_second_after_the_warm_up(monkeypatch):
     clock, order = [0.0], []
 
-    def takes(name, seconds):
+    def takes(name, *seconds):
+        waiting = list(seconds)
+
         def call():
-            clock[0] += seconds
+            clock[0] += waiting.pop(0) if len(waiting) > 1 else waiting[0]
             order.append(name)
 
         return call
 
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    seconds = benchmark.in_turn({"a": takes("a", 1.0), "b": takes("b", 4.0)}, 3, warmup=1, calls={"b": 2})
-    assert "".join(order) == "ab" + "abb" + "bba" + "abb"
-    assert seconds == {"a": [1.0] * 3, "b": [4.0] * 3}
+    seconds = benchmark.in_turn({"a": takes("a", 100.0, 1.0), "b": takes("b", 70.0, 0.0625)}, 3)
+    assert "".join(order) == "ab" + "ba" + "abb" + "bba" + "abb"
+    assert seconds == {"a": [1.0] * 3, "b": [0.0625] * 3}
 
 
-def test_layerwise_mixing_computes_what_the_shared_model_computes():
+def test_layerwise_mixing_computes_what_the_shared_model_computes(monkeypatch):
     shared = models.swrn(22, 1, 3)
     count = len(list(shared_layers(shared)))
     mixed = contenders.layerwise(copy.deepcopy(shared))
-    layers = [module for module in mixed.modules() if isinstance(module, contenders.LayerwiseMixing)]
-    assert len(layers) == count == 12 and not list(shared_layers(mixed))
-    assert len({id(layer.templates) for layer in layers}) == 3  # one tensor a stage
+    mixes, mix = Counter(), contenders.LayerwiseBank.mix
+
+    def counted(bank, index):
+        mixes[bank.name, index] += 1
+        return mix(bank, index)
+
+    monkeypatch.setattr(contenders.LayerwiseBank, "mix", counted)
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(mixed(x), shared(x), rtol=1e-4, atol=1e-4)
+    assert len(mixes) == count == 12 and set(mixes.values()) == {1}  # each layer mixes its own weight, once
+    for bank, before in zip(banks(mixed).values(), banks(shared).values(), strict=True):  # one tensor a stage
+        assert bank.templates.shape == (3, *before.weight_shape) and bank.templates.is_contiguous()
+        weight = bank.mix(1)
+        assert weight.is_contiguous() and torch.equal(
+            weight, sum(bank.templates * bank.coefficients[1].view(-1, 1, 1, 1, 1))
+        )
     assert sum(p.numel() for p in mixed.parameters()) == sum(p.numel() for p in shared.parameters())
-
-
-def test_images_one_by_one_equal_our_batch_for_the_same_draws():
-    augmentation = Augmentation(*STATISTICS["CIFAR-10"])
-    pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    draws = augmentation.draw(40, seed=1, epoch=1)
-    assert set(draws[:, 0].tolist()) == {0, 1}
-    data = contenders.OneByOne(ImageSet(pixels, torch.arange(40) % 10, tuple("0123456789"), "", ""), augmentation)
-    one_by_one = []
-    for image, (flip, row, column, *_) in zip(data.pixels, draws.tolist(), strict=True):
-        column = 8 - column if flip else column  # we crop first and mirror then, the authors the other way round
-        one_by_one.append(contenders.augment_one(image, bool(flip), row, column, data.mean, data.deviation))
-    torch.testing.assert_close(torch.stack(one_by_one), augmentation(pixels, draws), rtol=1e-4, atol=1e-5)
-
-
-def test_the_loaders_images_are_drawn_from_all_flips_and_crops():
-    pixels = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32) + 1  # column c holds c + 1
-    images = ImageSet(pixels, torch.tensor([7]), tuple("0123456789"), "", "")
-    data = contenders.OneByOne(images, Augmentation((0.0,) * 3, (1.0,) * 3))
-    crops = set()
-    for _ in range(600):
-        image, label = data[0]
-        assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == 7
-        crops.add(tuple(image[0, 16].round().int().tolist()))
-    assert len(crops) == 18  # two flips, nine columns
+    mixed(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in mixed.parameters())
 
 
 @pytest.fixture
-def bench():
-    threads = torch.get_num_threads()
-    setup = contenders.Setup("SWRN 16-1-2", 8, 20, torch.device("cpu"), 1, True, 2)
-    yield contenders.Bench(setup)
-    torch.set_num_threads(threads)
+def task():
+    return contenders.noise(20, torch.device("cpu"))
 
 
-def test_our_data_path_is_the_tasks_in_whole_batches(bench):
-    batches = bench.batches()
+def test_images_one_by_one_equal_our_batch_for_the_same_draws(task):
+    augmentation = task.augmentation
+    assert augmentation == Augmentation(*STATISTICS["CIFAR-10"])
+    draws = augmentation.draw(20, seed=1, epoch=1)
+    assert set(draws[:, 0].tolist()) == {0, 1}
+    done = []
+    for image, (flip, row, column, *_) in zip(task.images.permute(0, 2, 3, 1).numpy(), draws.tolist(), strict=True):
+        column = 8 - column if flip else column  # we crop first and mirror then, the authors the other way round
+        done.append(contenders.augment_one(np.ascontiguousarray(image), augmentation, flip, row, column))
+    torch.testing.assert_close(torch.cat(done), augmentation(task.images, draws), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loaders_images_are_drawn_from_all_flips_and_crops():
+    pixels = torch.arange(32, dtype=torch.uint8).expand(600, 3, 32, 32) + 1  # column c holds c + 1
+    images = ImageSet(pixels, torch.arange(600) % 10, tuple("0123456789"), "", "")
+    task = Classification(images, None, Augmentation((0.0,) * 3, (1.0,) * 3))
+    inputs, labels = contenders.one_by_one(task, [*range(100, 600), *range(100)])
+    assert inputs.shape == (600, 3, 32, 32) and inputs.dtype == torch.float32 and inputs.is_contiguous()
+    assert torch.equal(labels, images.labels)
+    assert len({tuple(row) for row in inputs[:, 0, 16].round().int().tolist()}) == 18  # two flips, nine columns
+    assert not torch.equal(inputs, contenders.one_by_one(task, [*range(600)])[0])
+
+
+def test_our_data_path_is_the_tasks_in_whole_batches(task):
+    batches = contenders.batches(task, 8)
     order = torch.Generator().manual_seed(0)
     for epoch in (1, 2, 3):
         indices = torch.randperm(20, generator=order)
         for start in (0, 8):
             inputs, targets = next(batches)
-            expected, labels = bench.task.batch(indices[start : start + 8], 0, epoch)
+            expected, labels = task.batch(indices[start : start + 8], 0, epoch)
             assert torch.equal(inputs, expected) and torch.equal(targets, labels)
             assert inputs.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_where_compilation_fails_the_step_runs_without_it_and_the_record_says_so(bench, monkeypatch):
-    def broken(model):
-        def run(*_):
-            raise RuntimeError("no compiler here")
+def setup_of(**changes):
+    given = {"model": "SWRN 16-1-2", "batch": 8, "compile": False, "threads": 1, "rounds": 2, "workers": 1}
+    return Namespace(**given | {"device": torch.device("cpu"), "cuda": False, "quick": True} | changes)
 
-        return run
+
+@pytest.mark.parametrize("name", ["ours", "plain", "authors"])
+def test_every_step_trains_the_network_that_it_is_named_for(name, task, monkeypatch):
+    seen = []
+
+    def look(model, task, inputs, targets, optimizer, scaler, dtype):
+        seen.append((model, inputs, targets, dtype, torch.backends.cudnn.allow_tf32))
+        return train_step(model, task, inputs, targets, optimizer, scaler, dtype)
+
+    train_step = contenders.train_step
+    monkeypatch.setattr(contenders, "train_step", look)
+    step = benchmark.make_step(setup_of(), task, name)
+    step()
+    model, inputs, targets, *_ = seen[0]
+    before = [parameter.clone() for parameter in model.parameters()]
+    step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert bool(banks(model)) == (name != "plain")
+    kinds = {type(bank).__name__ for bank in banks(model).values()}
+    assert kinds == {"ours": {"TemplateBank"}, "plain": set(), "authors": {"LayerwiseBank"}}[name]
+    form = torch.contiguous_format if name == "authors" else torch.channels_last
+    assert inputs.shape == (8, 3, 32, 32) and inputs.is_contiguous(memory_format=form) and targets.shape == (8,)
+    if name == "authors":
+        assert seen[0][3] is torch.float32 and model.stem.weight.is_contiguous()
+
+
+def test_where_compilation_fails_the_step_runs_without_it_and_the_record_says_so(task, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    def sections(setup, task):
+        benchmark.make_step(setup, task, "ours")()
+        return {"ratios": {}, "inference": {"seconds": {"folded": [1.0], "unfolded": [1.0]}}}
 
     monkeypatch.setattr(torch, "compile", broken)
-    bench.candidates()["ours"]()()
-    assert len(bench.notes) == 1 and "SWRN 16-1-2" in bench.notes[0] and "no compiler here" in bench.notes[0]
+    for name in ("_memory", "_others", "_costs"):
+        monkeypatch.setattr(benchmark, name, lambda *_: {})
+        getattr(benchmark, name).__name__ = name
+    monkeypatch.setattr(benchmark, "_steps", sections)
+    monkeypatch.setattr(benchmark, "noise", lambda *_: task)
+    notes = benchmark.measure(setup_of(compile=True, threads=torch.get_num_threads()))["notes"]
+    assert len(notes) == 3 and "1 workers" in notes[0]
+    assert "no compiler here" in notes[1] and notes[2] == "SWRN 16-1-2 runs without torch.compile"
 
 
-def test_tf32_is_as_told_within_a_step_and_as_before_after_it():
-    def flags():
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+def test_tf32_is_as_told_within_a_step_and_as_before_after_it(task, monkeypatch):
+    flags = []
 
-    before = flags()
-    for allowed in (True, False):
-        with pytest.raises(KeyError), contenders._tf32(allowed):
-            assert flags() == (allowed, allowed)
+    def look(*_):
+        flags.append(torch.backends.cudnn.allow_tf32)
+        if len(flags) == 4:
             raise KeyError
-        assert flags() == before
+
+    monkeypatch.setattr(contenders, "train_step", look)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
+    setup = setup_of(workers=0)
+    off, on = (benchmark.make_step(setup, task, f"authors, TF32 {state}") for state in ("off", "on"))
+    for step in (off, on, off):
+        step()
+    with pytest.raises(KeyError):
+        on()
+    assert flags == [False, True, False, True]
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark)
 
 
-def test_multiply_adds_are_those_counted_by_hand():
-    """Each convolution: output pixels times weights."""
-    pixels, convolutions = 32 * 32, 3 * 16 * 9
-    by_hand = pixels * convolutions
-    for stage, width in enumerate((16, 32, 64)):
-        pixels = (32 >> stage) ** 2
-        by_hand += pixels * 9 * (max(16, width // 2) * width + 3 * width * width)
-        by_hand += pixels * width // 2 * width if stage else 0  # the shortcut
-    by_hand += 64 * 10
-    forward, factor = benchmark.multiply_adds("WRN 16-1")
-    assert forward == by_hand and 2.9 < factor < 3.0  # the stem passes no gradient on
-    assert contenders.plain("SWRN 28-10-2*") == "WRN 28-10*" and contenders.plain("SWRN 16-1") == "WRN 16-1"
+@pytest.mark.parametrize("name, plain", [("SWRN 28-10-2*", "WRN 28-10*"), ("SWRN 16-1", "WRN 16-1")])
+def test_the_plain_network_is_of_the_same_size(name, plain, monkeypatch):
+    made = []
+    monkeypatch.setattr(benchmark, "ours", lambda task, name, *_: made.append(name))
+    for step in ("ours", "plain"):
+        benchmark.make_step(setup_of(model=name), None, step)
+    assert made == [name, plain]
 
 
-def test_without_networkx_the_row_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "networkx", None)
-    found = benchmark._generator(5, 2, 2)
-    assert found["networkx"] == "not measured: needs networkx" and list(found["seconds"]) == ["generate"]
+@pytest.mark.long
+def test_memory_that_cannot_be_measured_says_why(written):
+    peaks = benchmark._memory(setup_of(model="SWRN 17-1-2"), None)["memory"]["bytes"]
+    assert set(peaks) == {"ours", "plain", "authors"} and all(
+        "not measured: ValueError" in each for each in peaks.values()
+    )
+    record = benchmark.load_benchmark(written[0]) | {"memory": {"bytes": peaks}}
+    assert benchmark.table(record).count("not measured") == 5 + 3
 
 
 def test_targets_are_judged_where_they_were_measured_alone(written):
@@ -256,17 +327,33 @@ def test_targets_are_judged_where_they_were_measured_alone(written):
         )
 
 
+def numbers_of(line):
+    """The words of a line of the table, and those at its end that are numbers with three digits."""
+    words = line.split()
+    count = next((n for n, word in enumerate(reversed(words)) if not re.fullmatch(r"[\d,]+\.\d{3}", word)), 0)
+    return words, words[len(words) - count :]
+
+
 def test_a_record_holds_what_was_measured_in_six_digits(written):
     path, printed = written
     record = benchmark.load_benchmark(path)
-    assert record["format"] == "softshare benchmark 2" and record["quick"] is False
+    assert record["format"] == benchmark.FORMAT and record["quick"] is False
     assert record["generator"]["seconds"]["generate"] == [1e-5, 1.23457e-5]
     assert {"processor", "cores", "load before", "load after"} <= set(record["machine"])
     assert record["versions"]["torch"] == torch.__version__
     assert max(map(len, printed.splitlines())) <= 100
-    steps = {line[:20].strip(): line.split()[2:] for line in printed.splitlines() if line.startswith("step, ")}
-    assert steps["step, plain"] == ["2950.00", "43", "1000.0", "1"] and steps["step, authors"][0] == "8500.00"
-    assert "authors / ours" in printed and "2.875" in printed and "needs networkx" in printed
+    rows = {
+        " ".join(words[: -len(numbers)]): numbers for words, numbers in map(numbers_of, printed.splitlines()) if numbers
+    }
+    assert rows["steps: plain"] == ["2,950.000"] and rows["steps: authors"] == ["8,500.000"]
+    assert rows["plain"] == ["50.000", "1,000.000", "1.000"] and rows["authors"][2] == "2.000"
+    assert rows["authors / ours"] == ["2.875", "2.750", "3.000"] and rows["SWRN 28-1-2 / plain"][0] == "1.250"
+    assert "load" in printed and printed.count("not measured") == 5
+    assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("cpu, ")] == [
+        ["2.875", "yes"],
+        ["1.033", "no"],
+        ["0.007", "yes"],
+    ]
 
 
 def test_a_quick_run_without_output_and_a_failed_write_leave_no_file(written, tmp_path, monkeypatch):
@@ -275,7 +362,7 @@ def test_a_quick_run_without_output_and_a_failed_write_leave_no_file(written, tm
     monkeypatch.setattr(benchmark, "default_output", lambda _: tmp_path / "default.json")
     assert benchmark.main(["--quick", "--device", "cpu"]) == 0
     assert not (tmp_path / "default.json").exists()
-    assert benchmark.main(["--device", "cpu"]) == 0
+    assert benchmark.main(["--device", "cpu", "--rounds", "2"]) == 0
     assert benchmark.load_benchmark(tmp_path / "default.json")["quick"] is False
 
     def full(_):
@@ -308,9 +395,10 @@ def test_wrong_arguments_end_in_a_message(arguments, capsys, monkeypatch):
     [
         (("format",), "softshare benchmark 1", "format"),
         (("memory",), None, "'memory' is missing"),
-        (("threads",), "1", "'threads' is missing or not a int"),
+        (("threads",), "1", "'threads' is missing or no int"),
         (("steps", "seconds"), [], "'steps' has no lists"),
-        (("steps", "seconds", "ours"), [1.0], "'plain' in 'steps'"),
+        (("steps", "seconds", "ours"), [1.0], "'ours' in 'steps'"),
+        (("rounds",), 3, "'ours' in 'steps'"),
         (("steps", "seconds", "ours"), [1.0, -1.0], "'ours' in 'steps'"),
         (("steps", "seconds", "ours"), [1.0, float("nan")], "'ours' in 'steps'"),
         (("inference", "seconds", "folded"), [], "'folded' in 'inference'"),
@@ -327,6 +415,14 @@ def test_a_damaged_record_is_refused_by_name(written, place, value, message):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         benchmark.load_benchmark(path)
+
+
+def test_a_record_changed_by_hand_is_refused(written, tmp_path):
+    record = json.loads(written[0].read_text())
+    record["ratios"]["ours / plain"] = [0.5, 0.5, 0.5]
+    (tmp_path / "changed.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="changed by hand"):
+        benchmark.load_benchmark(tmp_path / "changed.json")
 
 
 def test_a_cut_record_and_a_missing_one_are_told_apart(written, tmp_path):
