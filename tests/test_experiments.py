@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import softshare
-from softshare import experiments, images, models, processor, recipes, records, report
+from softshare import benchmark, experiments, images, models, processor, recipes, records, report
 from softshare.tasks import Classification
 from softshare.training import Settings
 
@@ -258,3 +259,12 @@ assert record.environment["revision"] is None and record.path.parent.as_posix().
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_record():
+    top = Path(__file__).resolve().parents[1]
+    text = " ".join((top / "README.md").read_text(encoding="utf-8").split())
+    (path,) = re.findall(r"\[record\]\((data/benchmarks/[^)]+)\)", text)
+    ratios = benchmark.load_benchmark(top / path)["ratios"]
+    assert f"takes {ratios['ours / plain'][0]:.2f} times the plain network's" in text
+    assert f"the authors' scheme {ratios['authors / ours'][0]:.2f} times ours" in text
