@@ -242,9 +242,8 @@ def run(
         }
         metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         metrics |= ends.metrics() if ends is not None else {}
-        metrics |= evaluate(
-            model, test, chosen.settings.precision
-        )  # the only time that the test examples are looked at
+        # The only time that the test examples are looked at.
+        metrics |= evaluate(model, test, chosen.settings.precision)
         if isinstance(task, Curriculum):
             calm = settled(model, task.phases[-1].train.inputs[:1000].float())
             found = evaluate(calm, test, chosen.settings.precision)
@@ -265,7 +264,7 @@ def test_task(name: str, profile: str, seed: int = 0, data: str | None = None) -
 def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     """The network of a record with its trained weights, from the last checkpoint, in eval mode on the CPU.
 
-    Raises FileNotFoundError where that is not kept any more: delete the record and run the recipe again.
+    Raises FileNotFoundError where that is not kept any more.
     """
     folder = checkpoints_folder(record.path, checkpoints)
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
@@ -322,8 +321,8 @@ def train(
     }
     path = record_path(recipe, profile, settings.seed, chosen, data, runs)
     folder = checkpoints_folder(path, checkpoints) if checkpoints else None
-    for each in (path.parent, folder):
-        writable(each or path.parent)
+    for each in filter(None, (path.parent, folder)):
+        writable(each)
     with distributed.process_group(pick_device(device)) as place:
         similarity, where = SimilarityRecorder(), _Where(place, settings)
         history = fit(model, task, settings, [similarity, where], place, recipe, progress, folder)
