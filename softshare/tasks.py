@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from .shortest_path import Grids, rectangle_rule, scores
 Predict = Callable[[Tensor], Tensor]
 
 
-class Task:
+class Task(ABC):
     """Examples, their loss and an evaluation; what other kinds of data derive from.
 
     Attributes:
@@ -37,18 +38,18 @@ class Task:
         """What tells these training examples, and what is done to them, from others; "" where nothing does."""
         return str(getattr(self, "fingerprint", ""))
 
+    @abstractmethod
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some training examples; the same for seed, epoch and index whatever the batch."""
-        raise NotImplementedError
 
     def batches(self, order: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, each given by the indices of its examples, in turn."""
         for indices in order:
             yield self.batch(indices, seed, epoch)
 
+    @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss over a batch, a scalar."""
-        raise NotImplementedError
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
         """Metrics on held-out examples, given a function from inputs to float32 outputs; {} where none are held out."""
@@ -162,6 +163,12 @@ class Curriculum(Task):
 
     def identity(self) -> str:
         return " ".join([str(self.epochs), *(phase.identity() for phase in self.phases)])
+
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        return self.at(epoch).batch(indices, seed, epoch)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.phases[0].loss(outputs, targets)
 
     def at(self, epoch: int) -> ShortestPaths:
         return self.phases[min(max(0, epoch - 1) // self.epochs, len(self.phases) - 1)]
