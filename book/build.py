@@ -117,9 +117,10 @@ def tree_digest(folder: Path) -> list[list[str]]:
 
 
 def record_digest(book: Book) -> list[list[str]]:
-    """The published figures and the committed records. Records of profile fast are made by the chapters themselves."""
-    paper, runs = book.top / "data" / "paper", book.top / "data" / "runs"
-    files = [*paper.glob("*"), *(p for p in runs.glob("*") if "-fast-" not in p.name)]
+    """The published figures, timings and committed records. Those of profile fast are made by the chapters themselves."""
+    data = book.top / "data"
+    runs = (path for path in (data / "runs").glob("*") if "-fast-" not in path.name)
+    files = [*(data / "paper").glob("*"), *(data / "benchmarks").glob("*"), *runs]
     return [[p.relative_to(book.top).as_posix(), file_digest(p)] for p in sorted(files) if p.is_file()]
 
 

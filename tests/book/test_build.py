@@ -88,6 +88,18 @@ def test_the_results_page_runs_last_and_again_after_a_chapter_has_changed(projec
     assert chapter_key(project.book, "results", FAST) != before
 
 
+@pytest.mark.parametrize("folder", ["runs", "benchmarks", "paper"])
+def test_a_new_record_makes_the_results_page_run_again(project, make_chapter, folder):
+    from build import chapter_key
+
+    project.write("book/results.md", make_chapter("1"))
+    before = chapter_key(project.book, "results", FAST)
+    (project.top / "data" / folder).mkdir(parents=True)
+    assert chapter_key(project.book, "results", FAST) == before
+    project.write(f"data/{folder}/wrn-28-10-paper-s0-0123456789ab.json", "{}")
+    assert chapter_key(project.book, "results", FAST) != before
+
+
 def test_a_failing_chapter_fails_the_build_and_nothing_stale_passes_for_new(project, make_chapter, capsys):
     project.write("book/01-one.md", make_chapter("print('first edition')"))
     project.write("book/02-two.md", make_chapter("print('fine')"))
