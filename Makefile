@@ -41,7 +41,7 @@ gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for H
 reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu or paper
 	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)
 
-twins: .venv/.has-book ## write the output-free notebooks for Colab, book/notebooks/*.ipynb, anew
+twins: .venv/.has-book ## write the notebooks for Colab (book/notebooks) and README's badges anew
 	$(RUN) book/build.py twins
 
 lint: .venv/.has-dev ## check style, format and types

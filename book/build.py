@@ -3,7 +3,7 @@
     python book/build.py execute [-p PROFILE=gpu] [NAME ...]   chapters -> executed notebooks
     python book/build.py render                                executed notebooks -> book/_build/html
     python book/build.py all                                   both
-    python book/build.py twins [--check]                       chapters -> output-free book/notebooks/*.ipynb
+    python book/build.py twins [--check]                       chapters -> output-free book/notebooks/*.ipynb, badges
 
 A chapter is a book/*.md with a kernelspec in its head; jupytext turns it into a notebook, papermill runs it in the
 folder book/, Jupyter Book shows what came out and executes nothing. A chapter whose source, package, pinned versions,
@@ -305,14 +305,16 @@ def prepare_kernels(profile: str = "fast") -> None:
 def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     """The folder that Jupyter Book reads: plain pages and pictures as they are, chapters as executed notebooks.
 
-    Links between chapters, written NAME.md in the sources, become NAME.ipynb, the file that lies here.
+    Links between chapters, written NAME.md in the sources, become NAME.ipynb, the file that lies here. Below the title of
+    each chapter stands a badge that opens its twin.
     """
     import nbformat
+    from twins import BADGE, read_site, under_title
 
     stale = [n for n in book.chapters() if not is_current(book, n, parameters)]
     if stale:
         raise BuildError(f"no current result of {', '.join(stale)}: run `python book/build.py execute` first")
-    source = book.build / "source"
+    site, source = read_site(book.top), book.build / "source"
     shutil.rmtree(source, ignore_errors=True)
     chapters = {f"{name}.md" for name in book.chapters()}
 
@@ -328,6 +330,9 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
         page.write_text(link.sub(r"\1.ipynb", page.read_text(encoding="utf8")), encoding="utf8")
     for name in book.chapters():
         notebook = nbformat.read(book.output / f"{name}.ipynb", as_version=4)
+        first = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
+        if first is not None:
+            first.source = under_title(first.source, site.badge(name, BADGE))
         notebook.metadata.pop("papermill", None)  # holds paths of this machine; the site offers the notebook
         for cell in notebook.cells:
             cell.metadata.pop("papermill", None)
@@ -385,24 +390,26 @@ def render(book: Book, parameters: Mapping[str, Any]) -> Path:
 
 
 def write_twins(book: Book, check: bool = False) -> list[str]:
-    """Write the output-free notebooks; with check, write nothing and return the names of those out of step."""
-    from twins import TwinError, make_twins
+    """Write the output-free notebooks and README's badges; with check, only return the names of those out of step."""
+    from twins import TwinError, make_twins, read_site, with_badges
 
+    readme = book.top / "README.md"
     try:
-        wanted = make_twins(book.top, {name: read_chapter(book.folder / f"{name}.md") for name in book.chapters()})
+        made = make_twins(book.top, {name: read_chapter(book.folder / f"{name}.md") for name in book.chapters()})
+        wanted = {book.twins / f"{name}.ipynb": text for name, text in made.items()}
+        if readme.is_file():
+            wanted[readme] = with_badges(readme.read_text(encoding="utf8"), read_site(book.top), made)
     except TwinError as error:
         raise BuildError(str(error)) from error
-    present = {path.stem: path for path in book.twins.glob("*.ipynb")}
-    stray = sorted(set(present) - set(wanted))
-    differing = [n for n, text in wanted.items() if n not in present or present[n].read_text(encoding="utf8") != text]
-    if check:
-        return differing + stray
-    book.twins.mkdir(exist_ok=True)
-    for name in stray:
-        present[name].unlink()
-    for name in differing:
-        (book.twins / f"{name}.ipynb").write_text(wanted[name], encoding="utf8")
-    return differing + stray
+    stray = sorted(set(book.twins.glob("*.ipynb")) - set(wanted))
+    differing = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf8") != text]
+    if not check:
+        book.twins.mkdir(exist_ok=True)
+        for path in stray:
+            path.unlink()
+        for path in differing:
+            path.write_text(wanted[path], encoding="utf8")
+    return [path.stem for path in differing + stray]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "twins":
             names = write_twins(Book(options.top), options.check)
             if options.check and names:
-                raise BuildError(f"out of step with their chapters: {', '.join(names)}; run `make twins`")
+                raise BuildError(f"out of step with chapters or address: {', '.join(names)}; run `make twins`")
             say(f"twins: {', '.join(names) or 'in step'}")
             return 0
         book, parameters = Book(options.top, options.output), parse_parameters(options.parameters)

@@ -11,7 +11,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,15 @@ class Site:
 
     def raw(self, path: str) -> str:
         return f"{self.url}/raw/{self.branch}/book/{path}"
+
+    def badge(self, page: str, picture: str, words: str = "Open in Colab") -> str:
+        """A picture that opens a page's twin on Colab, as Markdown."""
+        return f"[![{words}]({picture})]({self.colab(page)})"
+
+
+def read_site(top: Path) -> Site:
+    where = yaml.safe_load((top / "_config.yml").read_text(encoding="utf8"))["repository"]
+    return Site(where["url"].rstrip("/"), where.get("branch", "main"))
 
 
 @dataclass
@@ -384,20 +393,47 @@ def read_citations(bibliography: Path) -> dict[str, tuple[str, str, str]]:
 def install_cell(site: Site) -> str:
     return "\n".join(
         [
-            "# Installs softshare only where it is missing, as on Colab; what is installed is used as it is.",
-            "try:",
-            "    import softshare",
-            "except ImportError:",
-            f'    %pip install -q "softshare @ git+{site.url}@{site.branch}"',
+            "# Installs softshare where it is missing, as on Colab; what is installed is used as it is.",
+            "from importlib.util import find_spec",
+            "",
+            'if not find_spec("softshare"):',
+            f'    %pip install -q "softshare[moving] @ git+{site.url}@{site.branch}"',
+            'if not find_spec("softshare"):',
+            '    raise RuntimeError("softshare was not installed: pip says above why. Is the address in this cell right?")',
         ]
     )
 
 
+# Badges --------------------------------------------------------------------------------------------------------------
+
+BADGE = "_static/colab.svg"  # in book/; a picture of our own, so that the site needs no network
+TITLE = re.compile(r"^# .+$", re.M)
+README_BADGES = re.compile(r"(?<=^<!-- badges -->\n).*?(?=^<!-- /badges -->$)", re.M | re.S)
+
+
+def under_title(text: str, line: str) -> str:
+    """Markdown with one more paragraph below its title, or as it was if it has none."""
+    return TITLE.sub(lambda title: f"{title[0]}\n\n{line}", text, count=1)
+
+
+def with_badges(readme: str, site: Site, names: Iterable[str]) -> str:
+    """README's text with one badge a chapter between its two marks."""
+    lines = []
+    for name in names:
+        words = re.sub(r"^\d+-", "", name).replace("-", " ").capitalize()
+        lines.append(f"- {words}: {site.badge(name, f'book/{BADGE}', f'Open {words} in Colab')}\n")
+    made, found = README_BADGES.subn(lambda _: "".join(lines), readme)
+    if found != 1:
+        raise TwinError("README.md needs a line `<!-- badges -->` and below it a line `<!-- /badges -->`, once each")
+    return made
+
+
+# The twins themselves ------------------------------------------------------------------------------------------------
+
+
 def make_twins(top: Path, notebooks: Mapping[str, Any]) -> dict[str, str]:
     """The text of every twin; `notebooks` holds the chapters as jupytext reads them."""
-    where = yaml.safe_load((top / "_config.yml").read_text(encoding="utf8"))["repository"]
-    site = Site(where["url"].rstrip("/"), where.get("branch", "main"))
-    references = References(site, set(notebooks))
+    references = References(read_site(top), set(notebooks))
     bibliography = top / "book" / "references.bib"
     references.citations = read_citations(bibliography) if bibliography.is_file() else {}
     for path in sorted((top / "book").glob("*.md")):
@@ -424,7 +460,9 @@ def plain_page(path: Path, references: References) -> None:
 def twin(name: str, notebook: Any, references: References) -> str:
     """One notebook as text, the same for the same chapter: no outputs, no counts, cells named by their content."""
     converter = Converter(name, references)
-    cells: list[dict[str, Any]] = [{"cell_type": "code", "source": install_cell(references.site), "metadata": {}}]
+    site = references.site
+    cells: list[dict[str, Any]] = [{"cell_type": "code", "source": install_cell(site), "metadata": {}}]
+    badge = site.badge(name, site.raw(BADGE))
     for number, cell in enumerate(notebook.cells, start=1):
         source = cell.source
         if cell.cell_type == "markdown":
@@ -434,6 +472,8 @@ def twin(name: str, notebook: Any, references: References) -> str:
                 raise TwinError(f"{name}, cell {number}: {error}") from error
             if not source:
                 continue
+            if badge and TITLE.search(source):
+                source, badge = under_title(source, badge), ""
         tags = sorted(cell.metadata.get("tags", []))
         cells.append({"cell_type": cell.cell_type, "source": source, "metadata": {"tags": tags} if tags else {}})
     seen: dict[str, int] = {}

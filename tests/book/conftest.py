@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP / "book"))  # where build.py stands: it is no part of the package
+
+ELSEWHERE = "somebody/fork"
 
 HEAD = """---
 kernelspec:
@@ -30,6 +35,28 @@ RUNS = ""
 """
 
 
+def moved(config: str) -> str:
+    """The text of _config.yml with its one line `url:` changed, as in a fork."""
+    changed, lines = re.subn(r"^  url: .*$", f"  url: https://github.com/{ELSEWHERE}", config, flags=re.M)
+    assert lines == 1
+    return changed
+
+
+def copy_tree(target: Path) -> Path:
+    """What would be committed now: files that git tracks or would add, as they stand in the working tree."""
+    listed = subprocess.run(
+        ["git", "-C", str(TOP), "ls-files", "-z", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (TOP / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(TOP / name, target / name)
+    return target
+
+
 def chapter(*cells: str, title: str = "A chapter", parameters: str = PARAMETERS) -> str:
     """The source of a chapter whose code cells are `cells`."""
     code = "\n".join(f"```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
@@ -48,9 +75,11 @@ class TinyProject:
         (top / "softshare").mkdir()
         self.write("softshare/__init__.py", "value = 1\n")
         self.write("constraints.txt", "torch==2.13.0\n")
-        self.write("_config.yml", (TOP / "_config.yml").read_text(encoding="utf8"))
+        self.write("_config.yml", moved((TOP / "_config.yml").read_text(encoding="utf8")))
         self.write("book/references.bib", (TOP / "book" / "references.bib").read_text(encoding="utf8"))
         self.write("book/docstrings.py", "def setup(app):\n    return {}\n")
+        (top / "book" / "_static").mkdir()
+        shutil.copyfile(TOP / "book" / "_static" / "colab.svg", top / "book" / "_static" / "colab.svg")
 
     def write(self, path: str, text: str) -> Path:
         target = self.top / path
@@ -62,6 +91,23 @@ class TinyProject:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyProject:
     monkeypatch.delenv("SOFTSHARE_DATA", raising=False)
     return TinyProject(tmp_path)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the project as it would be committed now, in a folder of its own."""
+    return copy_tree(tmp_path / "tree")
+
+
+@pytest.fixture(scope="session")
+def move():
+    return moved
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> str:
+    """Where the tiny projects live, as owner/name."""
+    return ELSEWHERE
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_unknown_chapters_and_malformed_parameters_are_errors(project, make_chap
 
 
 @pytest.mark.long
-def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, capsys):
+def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, elsewhere, capsys):
     project.write("book/_toc.yml", "format: jb-book\nroot: intro\nchapters:\n  - file: 01-one\n")
     project.write("book/intro.md", "# Welcome\n\nSee [the chapter](01-one.md).\n\n$$x^2$$\n")
     project.write("book/01-one.md", make_chapter("print('so it is')"))
@@ -167,9 +167,10 @@ def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, capsy
     assert main(command) == 0, capsys.readouterr().err
     page = (project.book.html / "01-one.html").read_text(encoding="utf8")
     assert "so it is" in page
-    assert (
-        'href="https://colab.research.google.com/github/OWNER/softshare/blob/main/book/notebooks/01-one.ipynb"' in page
-    )
+    twin = f"https://colab.research.google.com/github/{elsewhere}/blob/main/book/notebooks/01-one.ipynb"
+    opens = re.findall(rf'<a [^>]*href="{twin}"[^>]*>(.*?)</a>', page, flags=re.S)
+    assert len(opens) == 2, "the theme's launch button, and the badge below the title"
+    assert sum('alt="Open in Colab"' in inside for inside in opens) == 1
     assert "unchanged" not in capsys.readouterr().out
     assert main(command) == 0
     assert "book: unchanged" in capsys.readouterr().out

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
+import contextlib
 import json
 import re
+import subprocess
 import sys
 import types
 
 import pytest
-from build import Book, main, read_chapter, write_twins
-from twins import Converter, References, Site, TwinError, make_twins
+from build import main, read_chapter, write_twins
+from twins import Converter, References, Site, TwinError, make_twins, read_site
 
-SITE = Site("https://github.com/OWNER/softshare", "main")
-COLAB = "https://colab.research.google.com/github/OWNER/softshare/blob/main/book/notebooks"
+SITE = Site("https://github.com/someone/book", "main")
+COLAB = "https://colab.research.google.com/github/someone/book/blob/main/book/notebooks"
 
 
 @pytest.fixture
@@ -77,51 +78,77 @@ def test_a_changed_cell_changes_no_other_cells_name(project, make_chapter):
     assert [i for i in after if i in before] == before
 
 
-@pytest.mark.parametrize(("installed", "expected"), [(True, []), (False, ["install"])])
-def test_the_first_cell_installs_only_what_is_missing(top, monkeypatch, installed, expected):
+@pytest.mark.parametrize("state", ["installed", "missing", "missing, and pip fails"])
+def test_the_first_cell_installs_only_what_is_missing_and_says_so_if_it_cannot(top, monkeypatch, state):
     from IPython.core.inputtransformer2 import TransformerManager
 
-    calls = []
+    there, calls = False, []
 
     def run_line_magic(name, line, **_):
-        assert name == "pip" and "git+https://" in line
+        nonlocal there
+        assert name == "pip" and "softshare[moving] @ git+https://" in line
         calls.append(line.split()[0])
+        there = state == "missing"
 
-    def fake_import(name, *rest):
-        if name == "softshare":
-            if not installed:
-                raise ImportError(name)
-            return types.ModuleType(name)
-        return real_import(name, *rest)
-
-    real_import = builtins.__import__
-    monkeypatch.delitem(sys.modules, "softshare", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
     shell = types.SimpleNamespace(run_line_magic=run_line_magic)
     for path in twins_of(top):
-        calls.clear()
+        there, calls = state == "installed", []
         cell = json.loads(path.read_text(encoding="utf8"))["cells"][0]
         assert cell["cell_type"] == "code"
-        code = TransformerManager().transform_cell("".join(cell["source"]))
-        scope = {"__builtins__": {**vars(builtins), "__import__": fake_import}, "get_ipython": lambda: shell}
-        exec(compile(code, path.name, "exec"), scope)
-        assert calls == expected
+        code = compile(TransformerManager().transform_cell("".join(cell["source"])), path.name, "exec")
+        fails = pytest.raises(RuntimeError, match="softshare was not installed: pip says above why")
+        with fails if state.endswith("fails") else contextlib.nullcontext():
+            exec(code, {"get_ipython": lambda: shell})
+        assert calls == ([] if state == "installed" else ["install"])
 
 
-def test_the_address_comes_from_the_configuration(project, make_chapter):
-    config = (project.top / "_config.yml").read_text(encoding="utf8")
-    project.write("_config.yml", config.replace("github.com/OWNER/", "github.com/somebody/"))
+def test_one_line_and_one_command_move_a_fork(tree, move, elsewhere):
+    """In a copy of everything that is committed, whose address is changed in _config.yml alone."""
+    config = tree / "_config.yml"
+    old = read_site(tree).slug
+    assert old != elsewhere
+    config.write_text(move(config.read_text(encoding="utf8")), encoding="utf8")
+    subprocess.run([sys.executable, "book/build.py", "twins"], cwd=tree, check=True)
+    files = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    assert not [name for name, text in files.items() if old.encode() in text]
+
+    twins = [name for name in files if name.startswith("book/notebooks/")]
+    for name in twins:
+        install, title = (json.loads(files[name])["cells"][i]["source"] for i in (0, 1))
+        picture = f"https://github.com/{elsewhere}/raw/main/book/_static/colab.svg"
+        assert f"git+https://github.com/{elsewhere}@main" in "".join(install)
+        assert (
+            title[0].startswith("# ") and title[2].strip() == f"[![Open in Colab]({picture})]({colab(elsewhere, name)})"
+        )
+    badges = re.findall(r"^- .*\(book/_static/colab\.svg\)\]\((.*)\)$", files["README.md"].decode(), flags=re.M)
+    assert twins and sorted(badges) == sorted(colab(elsewhere, name) for name in twins)
+
+
+def colab(slug, notebook):
+    return f"https://colab.research.google.com/github/{slug}/blob/main/{notebook}"
+
+
+def test_badges_of_the_readme_are_kept_in_step(project, make_chapter, elsewhere, capsys):
+    project.write("book/02-two-words.md", make_chapter("1"))
+    readme = project.write("README.md", "# Title\n\n<!-- badges -->\nold\n<!-- /badges -->\n\nrest\n")
+    command = ["--top", str(project.top), "twins"]
+    assert main(command) == 0 and main([*command, "--check"]) == 0
+    address = colab(elsewhere, "book/notebooks/02-two-words.ipynb")
+    badge = f"- Two words: [![Open Two words in Colab](book/_static/colab.svg)]({address})"
+    assert readme.read_text() == f"# Title\n\n<!-- badges -->\n{badge}\n<!-- /badges -->\n\nrest\n"
+
+    readme.write_text(readme.read_text().replace("02-two", "03-two"))
+    assert main([*command, "--check"]) == 1 and "README" in capsys.readouterr().err
+    readme.write_text("# Title\n\n<!-- badges -->\n")
+    assert main(command) == 1 and "<!-- /badges -->" in capsys.readouterr().err
+
+
+def test_links_between_twins_follow_the_configuration(project, make_chapter, elsewhere):
     project.write("book/01-one.md", make_chapter("1"))
     project.write("book/02-two.md", make_chapter("2").replace("# A chapter", "# A chapter\n\nSee {doc}`01-one`."))
     text = make_twins(project.top, {n: read_chapter(project.top / f"book/{n}.md") for n in project.book.chapters()})
-    assert "git+https://github.com/somebody/softshare@main" in text["01-one"]
-    assert "github/somebody/softshare/blob/main/book/notebooks/01-one.ipynb" in text["02-two"]
-    assert "OWNER" not in "".join(text.values())
-
-
-def test_only_the_configuration_names_the_address(top):
-    book = Book(top)
-    pages = [top / "pyproject.toml", top / "Makefile", *top.glob("softshare/**/*.py"), *book.folder.glob("*.md")]
-    assert not [p.name for p in pages if "OWNER/" in p.read_text(encoding="utf8")]
+    assert colab(elsewhere, "book/notebooks/01-one.ipynb") in text["02-two"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +173,7 @@ def test_only_the_configuration_names_the_address(top):
         ("{cite}`saxe, alex`", "([Saxe et al., 2014](https://example.org/saxe); Krizhevsky, 2009)"),
         ("{doc}`02-two`", f"[Two]({COLAB}/02-two.ipynb)"),
         ("{doc}`the\nnext <02-two>`", f"[the\nnext]({COLAB}/02-two.ipynb)"),
-        ("{doc}`api`", "[API](https://github.com/OWNER/softshare/blob/main/book/api.md)"),
+        ("{doc}`api`", "[API](https://github.com/someone/book/blob/main/book/api.md)"),
         ("[next](02-two.md) [out](https://example.org)", f"[next]({COLAB}/02-two.ipynb) [out](https://example.org)"),
         ("{ref}`far` {ref}`near` {ref}`here <near>`", f"[Far away]({COLAB}/02-two.ipynb) Nearby here"),
         ("(label)=\n## Head\n\nSee {ref}`label`.", "## Head\n\nSee Head."),
@@ -155,7 +182,7 @@ def test_only_the_configuration_names_the_address(top):
         ("% hidden\nshown[^1]\n\n[^1]: why", "shown<sup>1</sup>\n\n<sup>1</sup> why"),
         (
             "```{figure} pictures/a.svg\n:alt: A\nCaption.\n```",
-            "![A](https://github.com/OWNER/softshare/raw/main/book/pictures/a.svg)\n\n*Figure 1.* Caption.",
+            "![A](https://github.com/someone/book/raw/main/book/pictures/a.svg)\n\n*Figure 1.* Caption.",
         ),
         ("```{list-table}\n* - a\n  - b\n* - 1\n  - 2\n```", "| a | b |\n|---|---|\n| 1 | 2 |"),
         ("```python\nx = {1: '{role}`y`'}\n```", "```python\nx = {1: '{role}`y`'}\n```"),
