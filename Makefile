@@ -4,12 +4,12 @@ PIP_ARGS ?=
 PROFILE ?= fast
 HOURS ?= 8
 WORKERS ?= 2
+LAB_ARGS ?=
 
 BIN := .venv/bin
 RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
 NEEDS := pyproject.toml constraints.txt
-LAB_SETTINGS := .venv/share/jupyter/lab/settings
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -27,10 +27,9 @@ test: .venv/.has-test ## run the quick tests
 test-long: .venv/.has-test ## run the slower tests: every chapter, the renderer, the trainings
 	$(RUN) -m pytest -m long
 
-lab: .venv/.has-book ## open the chapters in JupyterLab
-	@mkdir -p $(LAB_SETTINGS)
-	@echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook"}}}' > $(LAB_SETTINGS)/overrides.json
-	$(BIN)/jupyter lab --notebook-dir=book
+lab: .venv/.has-book ## open the chapters in JupyterLab; LAB_ARGS="--port=9999" and the like are handed on
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=book --LabApp.app_settings_dir="$(CURDIR)/book/_lab" \
+	  --LabApp.default_url=/lab/tree/intro.md $(LAB_ARGS)
 
 bench: .venv/.has-test ## measure speed, pair by pair, about five minutes, and write data/benchmarks/<hardware>.json
 	$(RUN) -m softshare bench
