@@ -570,15 +570,19 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Fold at each threshold and evaluate: how much a plan costs before one is chosen.
 
-    Returns a list of dicts with threshold, plan (as text), distinct and total layers of all groups, parameters of the
-    whole model, value (of the folded model) and change (value minus that of the unfolded model).
+    Where two thresholds give the same plan it is evaluated once. Returns a list of dicts with threshold, plan (as text),
+    distinct and total layers of all groups, parameters of the whole model, value (of the folded model) and change (value
+    minus that of the unfolded model).
     """
     before = evaluate(model)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    values: dict[tuple[GroupPlan, ...], float] = {}
     for threshold in thresholds:
         plan = plan_fold(model, threshold)
         folded = fold(model, plan)
-        value = evaluate(folded)
+        if plan.groups not in values:
+            values[plan.groups] = evaluate(folded)
+        value = values[plan.groups]
         rows.append(
             {
                 "threshold": threshold,

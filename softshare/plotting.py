@@ -22,6 +22,8 @@ COLOURS = {
     "SCNN with penalty": "#009E73",
     "SWRN with penalty": "#009E73",
     "tied by hand": "#CC79A7",
+    "frozen, SGD": "#56B4E9",
+    "frozen, Adam": "#E69F00",
     "rectangle rule": "#000000",
     "initialisation": "#7F7F7F",
 }
@@ -103,15 +105,27 @@ def plan(plan: FoldPlan, height: float = 1.25) -> Figure:
     return figure
 
 
+def cluster_colours(group: GroupPlan) -> dict[int, str]:
+    """The colour of each distinct layer of a plan by its number: one a cluster, grey for layers that stay alone."""
+    shared = [cluster[0] for cluster in group.clusters if len(cluster) > 1]
+    colours = {number: _CYCLE[index % (len(_CYCLE) - 1)] for index, number in enumerate(shared)}
+    return {source: colours.get(source, "#DDDDDD") for source in group.schedule}
+
+
+def ink(fill: str) -> str:
+    """Black or white, whichever reads better on a colour given as #RRGGBB (WCAG 2.2, relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _rgb(fill)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
 def _plan_row(axes: Axes, group: GroupPlan, longest: int) -> None:
-    shared = [cluster for cluster in group.clusters if len(cluster) > 1]
-    colour = {cluster[0]: _CYCLE[index % (len(_CYCLE) - 1)] for index, cluster in enumerate(shared)}
+    colours = cluster_colours(group)
     for place, source in enumerate(group.schedule):
-        fill = colour.get(source, "#DDDDDD")
+        fill = colours[source]
         axes.add_patch(FancyBboxPatch((place + 0.18, 0.2), 0.64, 0.6, "round,pad=0.02", fc=fill, ec="black", lw=0.8))
         sign = "-" if group.scales[place] < 0 else ""
-        white = fill in ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-        axes.text(place + 0.5, 0.5, f"{sign}{source}", ha="center", va="center", color="white" if white else "black")
+        axes.text(place + 0.5, 0.5, f"{sign}{source}", ha="center", va="center", color=ink(fill))
         if place + 1 < len(group.schedule):
             axes.add_patch(FancyArrowPatch((place + 0.82, 0.5), (place + 1.18, 0.5), arrowstyle="->", mutation_scale=9))
     for loop in group.loops:

@@ -173,4 +173,4 @@ def finding(text: str, title: str = "What we measured") -> str:
     """
     paragraphs = "".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in text.strip().split("\n\n"))
     head = f'<p class="admonition-title"><strong>{html.escape(title)}</strong></p>'
-    return f'<div class="admonition tip">{head}{paragraphs}</div>'
+    return f'<div class="admonition tip measured">{head}{paragraphs}</div>'

@@ -241,6 +241,33 @@ def curriculum(
         yield box, generate(examples, size, box, obstacle_probability, seed + phase)
 
 
+def steps_from(inputs: Tensor) -> Tensor:
+    """Breadth-first search from the first query in reading order, (N, 2, H, W) bool to its steps (N, H, W) int64.
+
+    The query itself has 0; pixels that the search does not reach, obstacles among them, have -1. Grids without a query
+    raise ValueError.
+    """
+    queries, free = inputs[:, 0].bool(), ~inputs[:, 1].bool()  # (N, H, W)
+    if not bool(queries.flatten(1).any(1).all()):
+        raise ValueError("every grid must mark a query in inputs[:, 0]")
+    reached = torch.zeros_like(queries)
+    reached.view(len(inputs), -1)[torch.arange(len(inputs)), queries.flatten(1).int().argmax(1)] = True
+    steps = reached.long() - 1
+    count = 0
+    while True:
+        count += 1
+        near = torch.zeros_like(reached)
+        near[:, 1:] |= reached[:, :-1]
+        near[:, :-1] |= reached[:, 1:]
+        near[:, :, 1:] |= reached[:, :, :-1]
+        near[:, :, :-1] |= reached[:, :, 1:]
+        new = near & free & ~reached
+        if not bool(new.any()):
+            return steps
+        steps[new] = count
+        reached |= new
+
+
 def rectangle_rule(inputs: Tensor) -> Tensor:
     """Mark every free pixel of the rectangle that the two queries span: (N, 2, H, W) bool to (N, H, W) bool.
 

@@ -1,0 +1,176 @@
+"""Pictures that a reader moves: charts where nothing runs, widgets where a kernel does.
+
+Each picture is declared once, by its controls. A page of the book, which has no kernel, shows an Altair chart whose
+sliders are bound to its parameters; a live notebook shows ipywidgets that draw with matplotlib, and there the same
+sliders may compute what no chart could hold. Both come in one output: a front end takes what it can show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import altair as alt
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Numbers from `least` to `most`, `step` apart."""
+
+    label: str
+    least: float
+    most: float
+    step: float
+    start: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several texts; the first one to begin with."""
+
+    label: str
+    options: tuple[str, ...]
+
+
+class Moving:
+    """A picture with controls; the value of a notebook's cell.
+
+    Args:
+        controls: what a reader moves, by the name that the chart's expressions and `draw` know it by.
+        chart: an Altair chart that uses those names as parameters.
+        draw: the same picture for a kernel; takes a value for each control and returns a matplotlib figure.
+        description: the picture in words, for those who do not see it.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, Slider | Choice],
+        chart: alt.TopLevelMixin,
+        draw: Callable[..., Figure],
+        description: str,
+    ) -> None:
+        self.controls, self.draw, self.description = dict(controls), draw, description
+        self.chart = chart.add_params(*(_parameter(name, one) for name, one in self.controls.items()))  # type: ignore[attr-defined]
+
+    def spec(self) -> dict[str, Any]:
+        """The chart as a Vega-Lite specification."""
+        chart = self.chart.properties(description=self.description, background="white", padding=8)
+        # Marks are not described one by one to screen readers: there are hundreds, and the description says what they show.
+        chart = chart.configure(mark={"aria": False}, font="sans-serif").configure_view(stroke=None)
+        chart = chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", aria=False)
+        chart = chart.configure_title(fontSize=13, fontWeight="normal").configure_legend(aria=False, labelFontSize=12)
+        return chart.to_dict()  # type: ignore[no-any-return]
+
+    def to_html(self) -> str:
+        """The chart as a piece of a page. Pages of the book bring Vega along; others fetch it, once."""
+        import altair as alt
+
+        spec = json.dumps(self.spec(), separators=(",", ":"), allow_nan=False).replace("<", r"\u003c")
+        name = "moving-" + hashlib.sha256(spec.encode()).hexdigest()[:12]
+        host = "https://cdn.jsdelivr.net/npm/"
+        versions = {"vega": alt.VEGA_VERSION, "vega-lite": alt.VEGALITE_VERSION, "vega-embed": alt.VEGAEMBED_VERSION}
+        scripts = [f"{host}{package}@{version}" for package, version in versions.items()]
+        return _PAGE % {
+            "name": name,
+            "spec": spec,
+            "scripts": json.dumps(scripts),
+            "label": html.escape(self.description),
+        }
+
+    def live(self) -> Any:
+        """The controls and the picture as one ipywidgets box, in step with each other. Stays within ipywidgets 7.7 and 8."""
+        import ipywidgets
+
+        inputs = {name: _widget(one) for name, one in self.controls.items()}
+        picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+
+        def redraw(_: Any = None) -> None:
+            picture.value = _png(self.draw(**{name: widget.value for name, widget in inputs.items()}))
+
+        for widget in inputs.values():
+            widget.observe(redraw, names="value")
+        redraw()
+        return ipywidgets.VBox([*inputs.values(), picture])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = {"text/plain": self.description, "text/html": self.to_html()}
+        try:
+            box = self.live()
+        except ImportError:  # no ipywidgets: the chart will do
+            return bundle
+        return bundle | {WIDGET: {"version_major": 2, "version_minor": 0, "model_id": box.model_id}}
+
+
+_PAGE = """<figure class="moving" role="group" aria-label="%(label)s">
+<style>
+.moving {margin: 1rem 0; width: 100%%}
+.moving .vega-embed {display: block; width: 100%%}
+.moving svg {max-width: 100%%; height: auto; border-radius: 4px}
+.moving .vega-bindings {display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .3rem 1.5rem}
+.moving .vega-bind label {display: flex; align-items: center; gap: .6rem}
+.moving .vega-bind-name {flex: 0 0 7.5rem}
+.moving .vega-bind input[type=range] {flex: 1 1 6rem; min-width: 0; height: 1.6rem}
+</style>
+<div id="%(name)s"><noscript>This picture moves by JavaScript.</noscript></div>
+<script>
+(() => {
+  const root = document.documentElement.dataset.content_root;  // set on pages of the book
+  const sources = root === undefined ? %(scripts)s : [root + "_static/vega.js"];
+  const load = (source) => new Promise((done, failed) => {
+    const script = document.createElement("script");
+    script.onload = done;
+    script.onerror = () => failed(new Error("not loaded: " + source));
+    script.src = source;
+    document.head.append(script);
+  });
+  window.softshareVega ??= sources.reduce((before, source) => before.then(() => load(source)), Promise.resolve());
+  const place = document.getElementById("%(name)s");
+  window.softshareVega
+    .then(() => vegaEmbed(place, %(spec)s, {actions: false, renderer: "svg"}))
+    .catch((error) => { place.textContent = String(error); });
+})();
+</script>
+</figure>"""
+
+
+def _parameter(name: str, control: Slider | Choice) -> Any:
+    import altair as alt
+
+    if isinstance(control, Choice):
+        return alt.param(
+            name, value=control.options[0], bind=alt.binding_select(options=list(control.options), name=control.label)
+        )
+    bind = alt.binding_range(min=control.least, max=control.most, step=control.step, name=control.label)
+    return alt.param(name, value=control.start, bind=bind)
+
+
+def _widget(control: Slider | Choice) -> Any:
+    import ipywidgets
+
+    style = {"style": {"description_width": "initial"}, "description": control.label}
+    if isinstance(control, Choice):
+        return ipywidgets.Dropdown(options=list(control.options), **style)
+    whole = all(float(value).is_integer() for value in (control.least, control.most, control.step, control.start))
+    kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    number = int if whole else float
+    return kind(
+        min=number(control.least), max=number(control.most), step=number(control.step), value=number(control.start), **style
+    )  # fmt: skip
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+    return file.getvalue()

@@ -1,0 +1,273 @@
+"""The pictures that move: what their charts say, rendered by Vega itself, and what their widgets draw."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from xml.etree import ElementTree
+
+import networkx
+import numpy as np
+import pytest
+import torch
+
+import softshare
+from softshare import charts, folding, models, plotting
+from softshare.moving import WIDGET, Choice, Moving
+from softshare.shortest_path import generate, steps_from
+from softshare.similarity import SimilarityRecorder
+
+vl_convert = pytest.importorskip("vl_convert")
+
+
+def svg(moving: Moving, **values: float | str) -> ElementTree.Element:
+    """The chart as a reader sees it who has moved the controls to `values`."""
+    spec = moving.spec()
+    for parameter in spec["params"]:
+        parameter["value"] = values.pop(parameter["name"], parameter["value"])
+    assert not values, f"no such controls: {values}"
+    return ElementTree.fromstring(vl_convert.vegalite_to_svg(spec))
+
+
+def texts(picture: ElementTree.Element) -> list[str]:
+    return [each.text or "" for each in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def said(moving: Moving, pattern: str, **values: float | str) -> tuple[str, ...]:
+    """The groups of `pattern` in the one text of the chart that matches it."""
+    found = [match for text in texts(svg(moving, **values)) if (match := re.search(pattern, text))]
+    assert len(found) == 1, (pattern, texts(svg(moving, **values)))
+    return found[0].groups()
+
+
+def fills(picture: ElementTree.Element) -> list[str]:
+    return [each.get("fill", "") for each in picture.iter("{http://www.w3.org/2000/svg}path")]
+
+
+# Mixing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {},
+        {"a1": 0.3, "a2": -0.9, "b3": 1.0},
+        {"b1": -1.0, "b2": -0.6},
+        {"a1": 0.0, "a2": 0.0, "a3": 0.0},  # a row of zeros resembles nothing
+    ],
+)
+def test_the_similarity_below_the_filters_is_that_of_the_sliders(moved):
+    picture = charts.mixing(torch.randn(3, 4, 4))
+    rows = {name: control.start for name, control in picture.controls.items()} | moved
+    both = torch.tensor([[rows[f"{layer}{j}"] for j in (1, 2, 3)] for layer in "ab"])
+    (shown,) = said(picture, r"= ([\d.]+)$", **moved)
+    assert float(shown) == pytest.approx(float(softshare.layer_similarity(both)[0, 1]), abs=0.006)
+
+
+def test_a_filter_is_the_mixture_of_its_templates():
+    shapes = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # one lights the left pixel, one the right
+    picture = charts.mixing(shapes, start=((1, 0), (0, 1)))
+
+    def pixels(**moved):  # of template 1, template 2, layer A, layer B, each (left, right)
+        shown = [fill for fill in fills(svg(picture, **moved)) if fill.startswith("rgb(")]
+        assert len(shown) == 8
+        return [tuple(shown[i : i + 2]) for i in range(0, 8, 2)]
+
+    first, second, a, b = pixels()
+    assert a[0] == b[1] != a[1] == b[0], "A shows the first template, B the second"
+    assert pixels(a1=0, a2=1)[2] == b, "the second template alone"
+    assert pixels(a1=0, a2=0)[2] == (a[1], a[1]), "nothing"
+    assert pixels()[:2] == pixels(a1=-1)[:2], "sliders do not move the templates"
+
+
+# Evolution -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs():
+    torch.manual_seed(0)
+    found = {}
+    for name in ("SWRN with penalty", "SWRN"):
+        model, recorder = models.swrn(22, 1), SimilarityRecorder()
+        for step in range(4):
+            recorder.record(model, step)
+            with torch.no_grad():
+                for bank in softshare.banks(model).values():
+                    bank.coefficients.add_(0.5 * torch.randn_like(bank.coefficients))
+        found[name] = recorder
+    return found
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("run", ["SWRN", "SWRN with penalty"])
+def test_the_matrices_of_the_chosen_moment_are_shown_beside_their_start(runs, step, run):
+    picture = svg(charts.evolution(runs), step=step, run=run)
+    largest = [float(text.split(": ")[1]) for text in texts(picture) if text.startswith("largest pair")]
+    matrices = runs[run].matrices()
+    off = ~np.eye(4, dtype=bool)
+    assert largest == pytest.approx([matrix[step][off].max() for matrix in matrices.values()], abs=0.006)
+    shown = [fill for fill in fills(picture) if fill.startswith("rgb(")]
+    assert len(shown) == 3 * 2 * 16
+    starts = [shown[32 * group : 32 * group + 16] for group in range(3)]
+    nows = [shown[32 * group + 16 : 32 * group + 32] for group in range(3)]
+    assert (starts == nows) == (step == 0)
+
+
+def test_snapshots_that_do_not_match_are_refused(runs):
+    other = SimilarityRecorder()
+    for step in (0, 1, 5):
+        other.record(models.swrn(22, 1), step)
+    with pytest.raises(ValueError, match=r"equally far apart; 'other' has \[0, 1, 5\]"):
+        charts.evolution({"other": other})
+    with pytest.raises(ValueError, match="'other' has"):
+        charts.evolution(runs | {"other": other})
+
+
+# Folding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folding_picture():
+    torch.manual_seed(0)
+    looped, loose = models.swrn(40, 1, templates=8), models.swrn(40, 1, templates=8)
+    with torch.no_grad():
+        alpha = softshare.banks(looped)["stage2"].coefficients
+        for block in range(2, 5):  # a loop of two layers, the second with its sign turned
+            alpha[2 * block], alpha[2 * block + 1] = alpha[2], -alpha[3]
+    networks = {"SWRN": looped, "tied by hand": loose}
+    calls = []
+
+    def error(network):
+        calls.append(network)
+        return 0.25 + sum(p.numel() for p in network.parameters()) / 1e5
+
+    sweeps = {name: folding.sweep(network, error, (0.8, 0.9, 1.0)) for name, network in networks.items()}
+    assert len(calls) == 5, "each network before, and once for each of the three different plans"
+    return charts.folds(networks, sweeps, error), networks, sweeps
+
+
+def test_boxes_loops_and_costs_are_those_of_the_plan(folding_picture):
+    picture, networks, sweeps = folding_picture
+    shown = texts(svg(picture, threshold=0.9, net="SWRN"))
+    assert "loop \N{MULTIPLICATION SIGN} 4" in shown
+    (group,) = [each for each in folding.plan_fold(networks["SWRN"], 0.9).groups if each.name == "stage2"]
+    for place, source in enumerate(group.schedule):
+        mark = "\N{MINUS SIGN}" if group.scales[place] < 0 else ""
+        assert f"{mark}{source}" in shown
+    assert shown.count("\N{MINUS SIGN}4") == sum(scale < 0 for scale in group.scales) > 0
+    row = next(row for row in sweeps["SWRN"] if row["threshold"] == 0.9)
+    assert f"{row['distinct']} of {row['total']} layers distinct, {row['parameters']:,} parameters" in shown
+    minus = "\N{MINUS SIGN}"
+    change = f"{row['change']:+.1f}".replace("-", minus)
+    assert f"test error {row['value']:.1f}%, change {change} points" in shown
+    other = texts(svg(picture, threshold=0.9, net="tied by hand"))
+    assert not [text for text in other if "loop" in text or minus in text.split(",")[0]]
+
+
+def test_thresholds_must_be_equally_far_apart(folding_picture):
+    _, networks, sweeps = folding_picture
+    uneven = {
+        name: [row | {"threshold": t} for row, t in zip(rows, (0.5, 0.9, 1.0), strict=True)]
+        for name, rows in sweeps.items()
+    }
+    with pytest.raises(ValueError, match=r"equally far apart, got \[0.5, 0.9, 1.0\]"):
+        charts.folds(networks, uneven)
+
+
+# Search --------------------------------------------------------------------------------------------------------------
+
+
+def oracle(inputs):
+    """Steps from the first query by networkx, (H, W) with -1 where there is no way."""
+    free = ~inputs[1].numpy()
+    height, width = free.shape
+    graph = networkx.grid_2d_graph(height, width)
+    graph.remove_nodes_from([node for node in list(graph) if not free[node]])
+    steps = -np.ones(free.shape, dtype=int)
+    for node, length in networkx.single_source_shortest_path_length(
+        graph, tuple(np.argwhere(inputs[0].numpy())[0])
+    ).items():
+        steps[node] = length
+    return steps
+
+
+def test_steps_agree_with_networkx():
+    grids = generate(40, size=9, box=9, obstacle_probability=0.35, seed=3)
+    found = steps_from(grids.inputs)
+    for inputs, steps in zip(grids.inputs, found, strict=True):
+        assert np.array_equal(steps.numpy(), oracle(inputs))
+    assert (found == -1).logical_and(~grids.inputs[:, 1]).any(), "some free pixels are out of reach"
+    with pytest.raises(ValueError, match="must mark a query"):
+        steps_from(torch.zeros(1, 2, 5, 5))
+
+
+def test_search_and_guesses_are_counted_as_they_are():
+    torch.manual_seed(0)
+    networks = {"CNN": models.gridnet(5, 4).eval(), "SCNN": models.gridnet(5, 4, templates=5).eval()}
+    picture = charts.search(networks, 8, 7, 0.3, seed=4, grids=3)
+    grids = generate(3, 8, 7, 0.3, seed=4)
+    for n in range(3):
+        steps, free = oracle(grids.inputs[n]), ~grids.inputs[n, 1]
+        for step, (name, network) in zip((0, 3), networks.items(), strict=True):
+            reached, wrong = said(
+                picture, r"search: (\d+) pixels? reached; network: (\d+) pixels? wrong",
+                step=step, net=name, grid=f"grid {n + 1}",
+            )  # fmt: skip
+            assert int(reached) == ((steps >= 0) & (steps <= step)).sum()
+            with torch.no_grad():
+                guess = network(grids.inputs[n : n + 1])[0].sigmoid().mul(100).round() > 50
+            assert int(wrong) == int(((guess != grids.targets[n]) & free).sum()), (
+                "after all layers: the network's answer"
+            )
+    early = {said(picture, r"network: (\d+)", layer=layer)[0] for layer in range(6)}
+    assert len(early) > 1, "the layers differ"
+
+
+# Both forms ----------------------------------------------------------------------------------------------------------
+
+
+def test_widgets_redraw_when_they_are_moved(runs, folding_picture):
+    for picture in (charts.mixing(torch.randn(3, 5, 5)), charts.evolution(runs), folding_picture[0]):
+        *inputs, image = picture.live().children
+        assert [one.description for one in inputs] == [control.label for control in picture.controls.values()]
+        for widget, control in zip(inputs, picture.controls.values(), strict=True):
+            before = bytes(image.value)
+            assert before.startswith(b"\x89PNG")
+            if isinstance(control, Choice):
+                assert list(widget.options) == list(control.options)
+                start, widget.value = widget.value, control.options[-1]
+            else:
+                assert (widget.min, widget.max, widget.value) == (control.least, control.most, control.start)
+                start, widget.value = widget.value, control.least
+            assert bytes(image.value) != before, control
+            widget.value = start
+            assert bytes(image.value) == before, "back where it was"
+
+
+def test_a_cell_shows_widgets_where_there_are_some_and_always_a_chart(monkeypatch):
+    picture = charts.mixing(torch.randn(2, 3, 3), start=((1, 0), (0, 1)))
+    bundle = picture._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html", WIDGET}
+    json.dumps(bundle)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert set(picture._repr_mimebundle_()) == {"text/plain", "text/html"}
+
+
+def test_the_chart_cannot_break_out_of_its_page():
+    made = charts.mixing(torch.randn(2, 3, 3), start=((1, 0), (0, 1)))
+    hostile = Moving({}, made.chart, made.draw, 'An "</script><script>alert(1)</script>" & more')
+    page = hostile.to_html()
+    assert page.count("<script") == page.count("</script>") == 1
+    assert 'aria-label="An &quot;&lt;/script&gt;' in page
+
+
+def test_numbers_on_coloured_boxes_can_be_read():
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(colour)]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    for fill in plotting._CYCLE:
+        light = luminance(plotting._rgb(fill))
+        text = 1.0 if plotting.ink(fill) == "white" else 0.0
+        assert (max(light, text) + 0.05) / (min(light, text) + 0.05) >= 4.5, fill
