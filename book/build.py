@@ -309,6 +309,7 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     each chapter stands a badge that opens its twin.
     """
     import nbformat
+    import vl_convert
     from twins import BADGE, read_site, under_title
 
     stale = [n for n in book.chapters() if not is_current(book, n, parameters)]
@@ -328,14 +329,20 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     link = re.compile(r"(\]\((?:\./)?(?:" + "|".join(map(re.escape, book.chapters())) + r"))\.md(?=[#)])")
     for page in source.glob("*.md"):
         page.write_text(link.sub(r"\1.ipynb", page.read_text(encoding="utf8")), encoding="utf8")
+    (source / "_static").mkdir(exist_ok=True)
+    # Draws the charts that move; a page that has one fetches it.
+    (source / "_static" / "vega.js").write_text(vl_convert.javascript_bundle(), encoding="utf8")  # type: ignore[call-arg]
     for name in book.chapters():
         notebook = nbformat.read(book.output / f"{name}.ipynb", as_version=4)
         first = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
         if first is not None:
             first.source = under_title(first.source, site.badge(name, BADGE))
         notebook.metadata.pop("papermill", None)  # holds paths of this machine; the site offers the notebook
+        notebook.metadata.pop("widgets", None)  # a page has no kernel: it shows the chart that comes with each widget
         for cell in notebook.cells:
             cell.metadata.pop("papermill", None)
+            for output in cell.get("outputs", ()):
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if cell.cell_type == "markdown":
                 cell.source = link.sub(r"\1.ipynb", cell.source)
         nbformat.write(notebook, source / f"{name}.ipynb")
