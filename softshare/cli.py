@@ -168,7 +168,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folder = runs_folder(arguments.runs, "paper")
     records = find_records(folder)
-    print(f"{len(records)} records in {folder}; only those of profile paper fill a cell\n")
+    places = ", ".join(sorted({str(record.path.parent) for record in records})) or folder
+    print(f"{len(records)} records in {places}; only those of profile paper fill a cell\n")
     captions = {"cifar": "Error (%), standard augmentation", "search": "CIFAR-10 error (%) with cutout",
                 "imagenet": "ImageNet error (%)"}  # fmt: skip
     for name, caption in captions.items():

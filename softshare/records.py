@@ -31,6 +31,8 @@ PROFILES = ("fast", "gpu", "paper")
 RECIPE_VERSION = 1
 """Raised only when the meaning of training changes, so that older records are not taken for new ones."""
 
+_BROUGHT = Path(__file__).resolve().parent / "runs"  # the committed records, where the package was installed as a wheel
+
 _FORMAT = "softshare record 2"
 _FIELDS = {
     "format": str,
@@ -209,12 +211,17 @@ def content_checksum(fields: Mapping[str, Any]) -> str:
 def find_records(folder: str | Path, recipe: str | None = None, profile: str | None = None) -> list[Record]:
     """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder.
 
+    Without a checkout the default folder, ``runs_folder(profile="paper")``, is taken together with the committed records,
+    which an installed package brings with it; of two files with one name that in the folder counts.
+
     Raises ValueError for an unknown profile, or a file that is no record (see `read_record`).
     """
     if profile is not None:
         _check_profile(profile)
     pattern = "*.json" if recipe is None else f"{slug(recipe)}-*.json"
-    records = [read_record(path) for path in sorted(Path(folder).glob(pattern))]
+    places = [_BROUGHT, Path(folder)] if Path(folder) == runs_folder(profile="paper") else [Path(folder)]
+    paths = {path.name: path for place in places for path in place.glob(pattern)}
+    records = [read_record(paths[name]) for name in sorted(paths)]
     return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]
 
 

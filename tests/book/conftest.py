@@ -93,10 +93,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyProject:
     return TinyProject(tmp_path)
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of the project as it would be committed now, in a folder of its own."""
-    return copy_tree(tmp_path / "tree")
+@pytest.fixture(scope="session")
+def copied():
+    return copy_tree
 
 
 @pytest.fixture(scope="session")

@@ -103,8 +103,9 @@ def test_the_first_cell_installs_only_what_is_missing_and_says_so_if_it_cannot(t
         assert calls == ([] if state == "installed" else ["install"])
 
 
-def test_one_line_and_one_command_move_a_fork(tree, move, elsewhere):
+def test_one_line_and_one_command_move_a_fork(tmp_path, copied, move, elsewhere):
     """In a copy of everything that is committed, whose address is changed in _config.yml alone."""
+    tree = copied(tmp_path / "tree")
     config = tree / "_config.yml"
     old = read_site(tree).slug
     assert old != elsewhere
