@@ -330,8 +330,9 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     for page in source.glob("*.md"):
         page.write_text(link.sub(r"\1.ipynb", page.read_text(encoding="utf8")), encoding="utf8")
     (source / "_static").mkdir(exist_ok=True)
-    # Draws the charts that move; a page that has one fetches it.
-    (source / "_static" / "vega.js").write_text(vl_convert.javascript_bundle(), encoding="utf8")  # type: ignore[call-arg]
+    # Draws the charts that move; a page that has one fetches it. In a scope of its own, lest its names meet the theme's.
+    vega = "(() => {" + vl_convert.javascript_bundle() + "})();\n"  # type: ignore[call-arg]
+    (source / "_static" / "vega.js").write_text(vega, encoding="utf8")
     for name in book.chapters():
         notebook = nbformat.read(book.output / f"{name}.ipynb", as_version=4)
         first = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
