@@ -63,6 +63,8 @@ $(RUN):
 
 .venv/.has-book: $(NEEDS) | $(RUN)
 	$(INSTALL) -e ".[book]"
+	@# Names this python by its path: by that JupyterLab knows which kernel a page without a head gets, and does not ask.
+	$(RUN) -m ipykernel install --sys-prefix >/dev/null
 	@touch $@
 
 .venv/.has-test: $(NEEDS) .venv/.has-book | $(RUN)
