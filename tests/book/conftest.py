@@ -77,7 +77,8 @@ class TinyProject:
         self.write("constraints.txt", "torch==2.13.0\n")
         self.write("_config.yml", moved((TOP / "_config.yml").read_text(encoding="utf8")))
         self.write("book/references.bib", (TOP / "book" / "references.bib").read_text(encoding="utf8"))
-        self.write("book/docstrings.py", "def setup(app):\n    return {}\n")
+        for extension in ("docstrings", "theme"):
+            self.write(f"book/{extension}.py", "def setup(app):\n    return {}\n")
         (top / "book" / "_static").mkdir()
         shutil.copyfile(TOP / "book" / "_static" / "colab.svg", top / "book" / "_static" / "colab.svg")
 
