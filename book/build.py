@@ -398,7 +398,7 @@ def render(book: Book, parameters: Mapping[str, Any]) -> Path:
 
 
 def write_twins(book: Book, check: bool = False) -> list[str]:
-    """Write the output-free notebooks and README's badges; with check, only return the names of those out of step."""
+    """Write the output-free notebooks and README's table of chapters; with check, only return the names of those out of step."""
     from twins import TwinError, make_twins, read_site, with_badges
 
     readme = book.top / "README.md"
@@ -406,7 +406,8 @@ def write_twins(book: Book, check: bool = False) -> list[str]:
         made = make_twins(book.top, {name: read_chapter(book.folder / f"{name}.md") for name in book.chapters()})
         wanted = {book.twins / f"{name}.ipynb": text for name, text in made.items()}
         if readme.is_file():
-            wanted[readme] = with_badges(readme.read_text(encoding="utf8"), read_site(book.top), made)
+            sources = {name: (book.folder / f"{name}.md").read_text(encoding="utf8") for name in made}
+            wanted[readme] = with_badges(readme.read_text(encoding="utf8"), read_site(book.top), sources)
     except TwinError as error:
         raise BuildError(str(error)) from error
     stray = sorted(set(book.twins.glob("*.ipynb")) - set(wanted))

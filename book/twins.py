@@ -416,12 +416,14 @@ def under_title(text: str, line: str) -> str:
     return TITLE.sub(lambda title: f"{title[0]}\n\n{line}", text, count=1)
 
 
-def with_badges(readme: str, site: Site, names: Iterable[str]) -> str:
-    """README's text with one badge a chapter between its two marks."""
-    lines = []
-    for name in names:
-        words = re.sub(r"^\d+-", "", name).replace("-", " ").capitalize()
-        lines.append(f"- {words}: {site.badge(name, f'book/{BADGE}', f'Open {words} in Colab')}\n")
+def with_badges(readme: str, site: Site, chapters: Mapping[str, str]) -> str:
+    """README's text with a table of the chapters, names to sources, between its two marks."""
+    lines = ["| the chapters | |\n", "|---|---|\n"]
+    for name, source in chapters.items():
+        title = TITLE.search(source)
+        words = title[0].removeprefix("# ") if title else name
+        badge = site.badge(name, f"book/{BADGE}", f"Open in Colab: {words}")
+        lines.append(f"| [{words}](book/{name}.md) | {badge} |\n")
     made, found = README_BADGES.subn(lambda _: "".join(lines), readme)
     if found != 1:
         raise TwinError("README.md needs a line `<!-- badges -->` and below it a line `<!-- /badges -->`, once each")

@@ -122,7 +122,7 @@ def test_one_line_and_one_command_move_a_fork(tmp_path, copied, move, elsewhere)
         assert (
             title[0].startswith("# ") and title[2].strip() == f"[![Open in Colab]({picture})]({colab(elsewhere, name)})"
         )
-    badges = re.findall(r"^- .*\(book/_static/colab\.svg\)\]\((.*)\)$", files["README.md"].decode(), flags=re.M)
+    badges = re.findall(r"\(book/_static/colab\.svg\)\]\((.*)\) \|$", files["README.md"].decode(), flags=re.M)
     assert twins and sorted(badges) == sorted(colab(elsewhere, name) for name in twins)
 
 
@@ -136,8 +136,9 @@ def test_badges_of_the_readme_are_kept_in_step(project, make_chapter, elsewhere,
     command = ["--top", str(project.top), "twins"]
     assert main(command) == 0 and main([*command, "--check"]) == 0
     address = colab(elsewhere, "book/notebooks/02-two-words.ipynb")
-    badge = f"- Two words: [![Open Two words in Colab](book/_static/colab.svg)]({address})"
-    assert readme.read_text() == f"# Title\n\n<!-- badges -->\n{badge}\n<!-- /badges -->\n\nrest\n"
+    badge = f"[![Open in Colab: A chapter](book/_static/colab.svg)]({address})"
+    table = f"| the chapters | |\n|---|---|\n| [A chapter](book/02-two-words.md) | {badge} |"
+    assert readme.read_text() == f"# Title\n\n<!-- badges -->\n{table}\n<!-- /badges -->\n\nrest\n"
 
     readme.write_text(readme.read_text().replace("02-two", "03-two"))
     assert main([*command, "--check"]) == 1 and "README" in capsys.readouterr().err
