@@ -398,7 +398,7 @@ def render(book: Book, parameters: Mapping[str, Any]) -> Path:
 
 
 def write_twins(book: Book, check: bool = False) -> list[str]:
-    """Write the output-free notebooks and README's table of chapters; with check, only return the names of those out of step."""
+    """Write the twins and README's table of chapters; with check, only return the names of those out of step."""
     from twins import TwinError, make_twins, read_site, with_badges
 
     readme = book.top / "README.md"
