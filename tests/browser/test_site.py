@@ -41,6 +41,13 @@ FACTS = r"""() => {
   const name = (node) => `${node.tagName.toLowerCase()} ${node.id || node.className} ${node.textContent.slice(0, 40)}`;
   const words = document.querySelector("article, main").cloneNode(true);
   all("pre, code, script, style, mjx-container, .vega-embed", words).forEach((node) => node.remove());
+  // Width over height, as shown and as it is in the file; a card's margin is no part of the picture.
+  const stretched = (node) => {
+    const style = getComputedStyle(node);
+    const across = node.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    const down = node.clientHeight - parseFloat(style.paddingTop) - parseFloat(style.paddingBottom);
+    return across / down / (node.naturalWidth / node.naturalHeight);
+  };
   return {
     ids: all("[id]").map((node) => node.id).concat(all("a[name]").map((node) => node.name)),
     links: all("a[href]").map((node) => node.href),
@@ -52,6 +59,7 @@ FACTS = r"""() => {
     images: all("article img").map((node) => ({
       source: node.src, alt: node.alt, loaded: node.complete && node.naturalWidth > 0,
       natural: node.naturalWidth, shown: node.getBoundingClientRect().width,
+      stretched: stretched(node),
       background: getComputedStyle(node).backgroundColor, filter: getComputedStyle(node).filter,
     })),
     figures: all("figure.moving").length,
@@ -93,6 +101,7 @@ class Visit:
     failures: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    narrow: list[dict[str, Any]] = field(default_factory=list)
     beyond: dict[int, list[str]] = field(default_factory=dict)
     axe: list[str] = field(default_factory=list)
 
@@ -141,6 +150,8 @@ def visits(contexts, site) -> list[Visit]:
                     visit.axe += page.evaluate(AXE, STRUCTURE)
             visit.axe += page.evaluate(AXE, CONTRAST)
             visit.facts = page.evaluate(FACTS)
+            page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+            visit.narrow = page.evaluate(FACTS)["images"]
             page.close()
             made.append(visit)
     return made
@@ -230,6 +241,9 @@ def test_pictures_are_there_sharp_and_told_in_words(visits):
                 and image["natural"] < 1.5 * image["shown"]
             ):
                 faults.append(f"{where}: {image['natural']} pixels shown {image['shown']} wide")
+        for image in visit.facts["images"] + visit.narrow:
+            if image["loaded"] and abs(image["stretched"] - 1) > 0.05:
+                faults.append(f"{visit}: {image['source']}: stretched by {image['stretched']:.2f}")
     assert not faults
 
 
