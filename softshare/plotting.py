@@ -29,7 +29,8 @@ COLOURS = {
 }
 """The colour of each kind of model."""
 
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+# Whatever is not a model: lines without a name, and layers of one weight. The models' own colours come last.
+_CYCLE = ("#56B4E9", "#E69F00", "#CC79A7", "#F0E442", "#009E73", "#0072B2", "#D55E00", "#000000")
 
 
 def use_style() -> None:
