@@ -264,7 +264,8 @@ def test_no_page_is_heavy(visits, site):
     weights = {}
     for visit in visits:
         paths = {unquote(urlparse(url).path).lstrip("/") for url in visit.requests if url.startswith(site.url)}
-        weights[visit.page] = sum(weight(site.folder / path) for path in paths) / MEGABYTE
+        files = filter(Path.is_file, (site.folder / path for path in paths))
+        weights[visit.page] = sum(map(weight, files)) / MEGABYTE
     print(*(f"{page:20} {megabytes:5.2f} MB" for page, megabytes in weights.items()), sep="\n")
     assert max(weights.values()) < 3, weights
 
