@@ -177,25 +177,35 @@ def _largest(matrices: np.ndarray) -> np.ndarray:
 
 def folds(
     networks: Mapping[str, nn.Module],
-    sweeps: Mapping[str, Sequence[Mapping[str, Any]]],
-    evaluate: Callable[[nn.Module], float] | None = None,
+    sweeps: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    evaluate: Mapping[str, Callable[[nn.Module], float]] | None = None,
 ) -> Moving:
     """Layers merge as the threshold falls: boxes of one colour use one weight, frames are loops; below, the error.
 
-    `sweeps` holds what `softshare.folding.sweep` returned for each network, errors in percent, at thresholds equally far
-    apart. With `evaluate`, the live version measures the error at thresholds between those, too.
+    Args:
+        networks: by name.
+        sweeps: for each way to measure the error (in percent) a name, and what `softshare.folding.sweep` returned for each
+            network; all at the same thresholds, equally far apart.
+        evaluate: how the live version measures the error of a folded network, by the same names.
     """
     import altair as alt
 
-    thresholds = sorted(row["threshold"] for row in next(iter(sweeps.values())))
-    gap = (thresholds[-1] - thresholds[0]) / (len(thresholds) - 1)
-    if not np.allclose(np.diff(thresholds), gap):
-        raise ValueError(f"thresholds must be equally far apart, got {thresholds}")
+    first = next(iter(sweeps.values()))
+    thresholds = sorted(row["threshold"] for row in next(iter(first.values())))
+    gap = (thresholds[-1] - thresholds[0]) / max(1, len(thresholds) - 1)
+    for way, found in sweeps.items():
+        for name in networks:
+            mine = sorted(row["threshold"] for row in found[name])
+            if mine != thresholds or gap == 0 or not np.allclose(np.diff(mine), gap):
+                raise ValueError(
+                    f"thresholds must be the same everywhere, equally far apart; {name!r}, {way}, has {mine}"
+                )
     boxes: list[dict[str, Any]] = []
     frames: list[dict[str, Any]] = []
     totals: list[dict[str, Any]] = []
+    errors: list[dict[str, Any]] = []
     for name, network in networks.items():
-        for row in sweeps[name]:
+        for row in first[name]:
             where = {"net": name, "t": row["threshold"]}
             plan = plan_fold(network, row["threshold"])
             for line, group in enumerate(plan.groups):
@@ -220,8 +230,14 @@ def folds(
                         where
                         | {"x": loop.start - 1, "e": end, "y": y, "s": f"loop \N{MULTIPLICATION SIGN} {loop.repeats}"}
                     )
-            texts = {key: row[key] for key in ("distinct", "total", "parameters")}
-            totals.append(where | texts | {"error": round(row["value"], 3), "change": round(row["change"], 3)})
+            ways = {
+                way: next(each["value"] for each in found[name] if each["threshold"] == row["threshold"])
+                for way, found in sweeps.items()
+            }
+            errors += [where | {"way": way, "error": round(value, 3)} for way, value in ways.items()]
+            kept = f"{row['distinct']} of {row['total']} layers distinct, {row['parameters']:,} parameters"
+            cost = ", ".join(f"{value:.1f}% ({way})" for way, value in ways.items())
+            totals.append(where | {"kept": kept, "cost": f"test error {cost}"})
     plan = plan_fold(next(iter(networks.values())), thresholds[-1])
     longest = max(len(group.layers) for group in plan.groups)
     side = min(34, 350 // longest)
@@ -257,26 +273,25 @@ def folds(
         .encode(x2="x2:Q", y2="y2:Q"),
         layer(frames, "(datum.x + datum.e) / 2", "datum.y - 0.45").mark_text(fontSize=12).encode(text="s:N"),
     )
-    rows = alt.Data(values=totals)
-    lines = alt.Chart(rows, width=250, height=130).encode(
+    dashes = [[1, 0], [5, 3], [2, 2]][: len(sweeps)]
+    lines = alt.Chart(alt.Data(values=errors), width=250, height=140).encode(
         x=alt.X("t:Q", title="threshold", scale=alt.Scale(domain=[thresholds[0], thresholds[-1]], nice=False, reverse=True)),
-        y=alt.Y("error:Q", title="test error (%)", scale=alt.Scale(zero=False)),
+        y=alt.Y("error:Q", title="test error (%)"),
         color=alt.Color(
             "net:N", title=None, legend=alt.Legend(orient="bottom", direction="vertical"),
             scale=alt.Scale(domain=list(networks), range=[plotting.COLOURS.get(name, "#555555") for name in networks]),
         ),
+        strokeDash=alt.StrokeDash(
+            "way:N", title=None, legend=alt.Legend(orient="bottom", direction="vertical"),
+            scale=alt.Scale(domain=list(sweeps), range=dashes),
+        ),
     )  # fmt: skip
     curve = alt.layer(
-        lines.mark_line(point=True),
-        lines.transform_filter(here).mark_point(size=160, strokeWidth=2.5, filled=False),
+        lines.mark_line(strokeWidth=2),
+        lines.transform_filter(here).mark_point(size=120, strokeWidth=2.5, filled=False, strokeDash=[1, 0]),
     )
-    told = _sentence(
-        "datum.distinct + ' of ' + datum.total + ' layers distinct, ' + format(datum.parameters, ',') + ' parameters'",
-        rows,
-    ).transform_filter(here)
-    cost = _sentence(
-        "'test error ' + format(datum.error, '.1f') + '%, change ' + format(datum.change, '+.1f') + ' points'", rows
-    ).transform_filter(here)
+    rows = alt.Data(values=totals)
+    told, cost = (_sentence(f"datum.{key}", rows, 350, 12).transform_filter(here) for key in ("kept", "cost"))
     controls: dict[str, Slider | Choice] = {
         "threshold": Slider(
             "threshold", thresholds[0], thresholds[-1], round(gap, 6), min(thresholds, key=lambda t: abs(t - 0.9))
@@ -287,8 +302,9 @@ def folds(
     def draw(threshold: float, net: str) -> Figure:
         plan = plan_fold(networks[net], threshold)
         figure = plotting.plan(plan)
-        cost = f", test error {evaluate(fold(networks[net], plan)):.1f}%" if evaluate else ""
-        figure.suptitle(f"{plan.distinct_layers} of {plan.total_layers} layers distinct{cost}")
+        folded = fold(networks[net], plan)
+        cost = "".join(f", {measure(folded):.1f}% ({way})" for way, measure in (evaluate or {}).items())
+        figure.suptitle(f"{plan.distinct_layers} of {plan.total_layers} layers distinct{cost}", fontsize=10)
         return figure
 
     return Moving(
@@ -322,9 +338,8 @@ def search(
         for y in range(size):
             for x in range(size):
                 pixel: dict[str, Any] = {"n": f"grid {n + 1}", "x": x, "y": y, "d": int(steps[n, y, x])}
-                pixel["k"] = int(drawn.inputs[n, 0, y, x]) + 2 * int(
-                    drawn.inputs[n, 1, y, x]
-                )  # 1 a query, 2 an obstacle
+                # 1 a query, 2 an obstacle
+                pixel["k"] = int(drawn.inputs[n, 0, y, x]) + 2 * int(drawn.inputs[n, 1, y, x])
                 pixel["t"] = int(drawn.targets[n, y, x])
                 if pixel["k"] != 2:
                     pixel["p"] = {

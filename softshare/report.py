@@ -44,10 +44,8 @@ def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The ratios of a benchmark's record as rows of text: the median over rounds, and from least to most."""
     rows = []
     for name, (median, least, most) in (record["ratios"] | record["generator"]["ratios"]).items():
-        goal = [each for each in record["targets"] if each["what"].endswith(f": {name}") and each["met"] is not None]
-        aim = f"{goal[0]['target']}: {'met' if goal[0]['met'] else 'not met'}" if goal else ""
         low, middle, high = (f"{float(f'{value:.3g}'):g}" for value in (least, median, most))  # 1360, not 1.36e+03
-        rows.append({"ratio": name, "median": middle, "range": f"{low} to {high}", "goal": aim})
+        rows.append({"ratio": name, "median": middle, "range": f"{low} to {high}"})
     return rows
 
 

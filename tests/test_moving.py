@@ -144,7 +144,8 @@ def folding_picture():
 
     sweeps = {name: folding.sweep(network, error, (0.8, 0.9, 1.0)) for name, network in networks.items()}
     assert len(calls) == 5, "each network before, and once for each of the three different plans"
-    return charts.folds(networks, sweeps, error), networks, sweeps
+    doubled = {name: [row | {"value": 2 * row["value"]} for row in rows] for name, rows in sweeps.items()}
+    return charts.folds(networks, {"once": sweeps, "twice": doubled}, {"once": error}), networks, sweeps
 
 
 def test_boxes_loops_and_costs_are_those_of_the_plan(folding_picture):
@@ -159,8 +160,7 @@ def test_boxes_loops_and_costs_are_those_of_the_plan(folding_picture):
     row = next(row for row in sweeps["SWRN"] if row["threshold"] == 0.9)
     assert f"{row['distinct']} of {row['total']} layers distinct, {row['parameters']:,} parameters" in shown
     minus = "\N{MINUS SIGN}"
-    change = f"{row['change']:+.1f}".replace("-", minus)
-    assert f"test error {row['value']:.1f}%, change {change} points" in shown
+    assert f"test error {row['value']:.1f}% (once), {2 * row['value']:.1f}% (twice)" in shown
     other = texts(svg(picture, threshold=0.9, net="tied by hand"))
     assert not [text for text in other if "loop" in text or minus in text.split(",")[0]]
 
@@ -171,8 +171,11 @@ def test_thresholds_must_be_equally_far_apart(folding_picture):
         name: [row | {"threshold": t} for row, t in zip(rows, (0.5, 0.9, 1.0), strict=True)]
         for name, rows in sweeps.items()
     }
-    with pytest.raises(ValueError, match=r"equally far apart, got \[0.5, 0.9, 1.0\]"):
-        charts.folds(networks, uneven)
+    with pytest.raises(ValueError, match=r"'SWRN', once, has \[0.5, 0.9, 1.0\]"):
+        charts.folds(networks, {"once": uneven})
+    short = {name: rows[1:] for name, rows in sweeps.items()}
+    with pytest.raises(ValueError, match=r"'SWRN', twice, has \[0.9, 1.0\]"):
+        charts.folds(networks, {"once": sweeps, "twice": short})
 
 
 # Search --------------------------------------------------------------------------------------------------------------
