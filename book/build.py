@@ -354,9 +354,10 @@ def render(book: Book, parameters: Mapping[str, Any]) -> Path:
     """Build the site, every warning an error; an unchanged one is not built again."""
     source = assemble(book, parameters)
     config = book.top / "_config.yml"
+    pins = file_digest(book.top / "constraints.txt")
     tools = [installed(n) for n in ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "vl-convert-python")]
     scripts = [file_digest(path) for path in sorted(book.folder.glob("*.py"))]  # the builder and Sphinx's extensions
-    key = digest_of([tree_digest(source), tree_digest(book.package), file_digest(config), scripts, tools])
+    key = digest_of([tree_digest(source), tree_digest(book.package), file_digest(config), pins, scripts, tools])
     stamp = book.build / "html.key"
     if stamp.is_file() and stamp.read_text(encoding="utf8") == key and (book.html / "index.html").is_file():
         say(f"book: unchanged, {book.html / 'index.html'}")

@@ -5,18 +5,21 @@ Each function returns a `softshare.moving.Moving`: an Altair chart for pages, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from . import plotting
 from .folding import fold, plan_fold
 from .moving import Choice, Moving, Slider
+from .sharing import banks
 from .shortest_path import generate, steps_from
 from .similarity import SimilarityRecorder, layer_similarity
 
@@ -24,12 +27,14 @@ _BLUES = ("#FFFFFF", "#DEEBF7", "#9ECAE1", "#4292C6", "#08519C", "#08306B")
 _RED_TO_BLUE = ("#67001F", "#D6604D", "#FDDBC7", "#F7F7F7", "#D1E5F0", "#4393C3", "#053061")
 
 
-def _square(rows: Any, value: str, title: str, side: int, domain: Sequence[float], colours: Sequence[str]) -> Any:
-    """A picture of side x side pixels: one square for each row of data, at its x and y, coloured by an expression."""
+def _square(
+    rows: Any, value: str, title: str, side: int, domain: Sequence[float], colours: Sequence[str], shape: float = 1.0
+) -> Any:
+    """One rectangle for each row of data, at its x and y, coloured by an expression; `shape` is height / width."""
     import altair as alt
 
     return (
-        alt.Chart(rows, width=side, height=side, title=title)
+        alt.Chart(rows, width=side, height=round(side * shape), title=title)
         .transform_calculate(value=value)
         .mark_rect()
         .encode(
@@ -57,16 +62,24 @@ def _sentence(expression: str, rows: Any = None, width: int = 340, size: int = 1
     )
 
 
-def mixing(templates: Tensor, start: Sequence[Sequence[float]] = ((1.0, 0.6, 0.0), (0.8, -0.8, 0.0))) -> Moving:
+def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) -> Moving:
     """Two layers mix k templates (k, H, W) by sliders; beside their filters stands how alike the layers are.
 
-    `start` holds the coefficients of both layers at the beginning, (2, k).
+    `start` holds the coefficients of both layers at the beginning, (2, k), from -1 to 1. Raises ValueError for other shapes
+    or values, and for templates that are not finite.
     """
     import altair as alt
 
-    k = len(templates)
-    values = templates.detach().float().cpu().numpy().round(3)  # (k, H, W)
-    limit = float(np.abs(values).max())
+    if templates.dim() != 3 or not templates.numel() or not bool(templates.isfinite().all()):
+        raise ValueError(f"templates must be (k, H, W), finite and not empty, got {tuple(templates.shape)}")
+    k, high, wide = templates.shape
+    if start is None:
+        start = [[*row, *[0.0] * k][:k] for row in ((1.0, 0.6), (0.8, -0.8))]
+    if [len(row) for row in start] != [k, k] or not all(-1 <= value <= 1 for row in start for value in row):
+        raise ValueError(f"start must hold 2 rows of {k} coefficients from -1 to 1, got {start}")
+    values = templates.detach().float().cpu().numpy()  # (k, H, W)
+    values = (values / (np.abs(values).max() or 1.0)).round(4)
+    limit = 1.0
     pixels = [
         {"x": x, "y": y} | {f"t{j + 1}": float(values[j, y, x]) for j in range(k)}
         for y in range(values.shape[1])
@@ -81,12 +94,13 @@ def mixing(templates: Tensor, start: Sequence[Sequence[float]] = ((1.0, 0.6, 0.0
     }
     names = {layer: [f"{layer}{j + 1}" for j in range(k)] for layer in layers}
     shown = [
-        _square(rows, f"datum.t{j + 1}", f"template {j + 1}", 100, (-limit, limit), _RED_TO_BLUE) for j in range(k)
+        _square(rows, f"datum.t{j + 1}", f"template {j + 1}", 100, (-limit, limit), _RED_TO_BLUE, high / wide)
+        for j in range(k)
     ]
     mixed = [
         _square(
             rows, " + ".join(f"{name} * datum.t{j + 1}" for j, name in enumerate(names[layer])),
-            f"layer {layer.upper()}", 150, (-1.5 * limit, 1.5 * limit), _RED_TO_BLUE,
+            f"layer {layer.upper()}", 150, (-1.5 * limit, 1.5 * limit), _RED_TO_BLUE, high / wide,
         )
         for layer in layers
     ]  # fmt: skip
@@ -122,13 +136,20 @@ def evolution(runs: Mapping[str, SimilarityRecorder], unit: str = "epoch") -> Mo
     """
     import altair as alt
 
+    if not runs:
+        raise ValueError("no runs were given")
     first = next(iter(runs.values()))
     steps = np.asarray(first.steps)
     gaps = np.diff(steps)
     for name, run in runs.items():
         if not np.array_equal(run.steps, steps) or not len(gaps) or not np.allclose(gaps, gaps[0]):
-            raise ValueError(f"snapshots must be taken at the same steps, equally far apart; {name!r} has {run.steps}")
+            raise ValueError(
+                f"snapshots must be two or more, at the same steps, equally far apart; {name!r} has {run.steps}"
+            )
     matrices = {name: run.matrices() for name, run in runs.items()}  # run -> group -> (snapshots, L, L)
+    layers = {name: {group: found[group].shape[1] for group in found} for name, found in matrices.items()}
+    if len({str(each) for each in layers.values()}) > 1 or not first.coefficients:
+        raise ValueError(f"runs must have the same groups with as many layers, got {layers}")
     groups = list(first.coefficients)
     at = f"round((step - {steps[0]:g}) / {gaps[0]:g})"
 
@@ -172,7 +193,7 @@ def evolution(runs: Mapping[str, SimilarityRecorder], unit: str = "epoch") -> Mo
 def _largest(matrices: np.ndarray) -> np.ndarray:
     """The largest similarity between two different layers, (snapshots, L, L) to (snapshots,)."""
     pairs = ~np.eye(matrices.shape[-1], dtype=bool)
-    return np.asarray(matrices[:, pairs].max(axis=1))
+    return np.asarray(matrices[:, pairs].max(axis=1, initial=0.0))
 
 
 def folds(
@@ -190,6 +211,13 @@ def folds(
     """
     import altair as alt
 
+    if not networks or not sweeps or any(set(found) < set(networks) for found in sweeps.values()):
+        raise ValueError(f"every network needs a sweep of each kind, got {list(networks)} and {sweeps}")
+    sizes = {
+        name: {group: len(bank.coefficients) for group, bank in banks(net).items()} for name, net in networks.items()
+    }
+    if len({str(each) for each in sizes.values()}) > 1:
+        raise ValueError(f"networks must have the same groups with as many layers, got {sizes}")
     first = next(iter(sweeps.values()))
     thresholds = sorted(row["threshold"] for row in next(iter(first.values())))
     gap = (thresholds[-1] - thresholds[0]) / max(1, len(thresholds) - 1)
@@ -209,7 +237,7 @@ def folds(
             where = {"net": name, "t": row["threshold"]}
             plan = plan_fold(network, row["threshold"])
             for line, group in enumerate(plan.groups):
-                shades = plotting.cluster_colours(group)
+                fills = plotting.cluster_colours(group)
                 # `y` is where a row of boxes begins, counted in boxes from above.
                 y = 2.0 * line
                 for place, source in enumerate(group.schedule):
@@ -219,9 +247,9 @@ def folds(
                         | {
                             "x": place,
                             "y": y,
-                            "c": shades[source],
+                            "c": fills[source],
                             "s": f"{mark}{source}",
-                            "w": plotting.ink(shades[source]),
+                            "w": plotting.ink(fills[source]),
                         }
                     )
                 for loop in group.loops:
@@ -273,13 +301,14 @@ def folds(
         .encode(x2="x2:Q", y2="y2:Q"),
         layer(frames, "(datum.x + datum.e) / 2", "datum.y - 0.45").mark_text(fontSize=12).encode(text="s:N"),
     )
+    shades = {name: plotting.COLOURS.get(name, spare) for name, spare in zip(networks, plotting._CYCLE, strict=False)}
     dashes = [[1, 0], [5, 3], [2, 2]][: len(sweeps)]
     lines = alt.Chart(alt.Data(values=errors), width=250, height=140).encode(
         x=alt.X("t:Q", title="threshold", scale=alt.Scale(domain=[thresholds[0], thresholds[-1]], nice=False, reverse=True)),
         y=alt.Y("error:Q", title="test error (%)"),
         color=alt.Color(
             "net:N", title=None, legend=alt.Legend(orient="bottom", direction="vertical"),
-            scale=alt.Scale(domain=list(networks), range=[plotting.COLOURS.get(name, "#555555") for name in networks]),
+            scale=alt.Scale(domain=list(networks), range=list(shades.values())),
         ),
         strokeDash=alt.StrokeDash(
             "way:N", title=None, legend=alt.Legend(orient="bottom", direction="vertical"),
@@ -294,16 +323,25 @@ def folds(
     told, cost = (_sentence(f"datum.{key}", rows, 350, 12).transform_filter(here) for key in ("kept", "cost"))
     controls: dict[str, Slider | Choice] = {
         "threshold": Slider(
-            "threshold", thresholds[0], thresholds[-1], round(gap, 6), min(thresholds, key=lambda t: abs(t - 0.9))
+            "threshold",
+            thresholds[0],
+            thresholds[-1],
+            math.floor(gap * 1e6 + 1e-3) / 1e6,  # rounded down, so that the last one is reached
+            min(thresholds, key=lambda t: abs(t - 0.9)),
+            fine=gap / 5 if evaluate else None,
         ),
         "net": Choice("network", tuple(networks)),
     }
 
+    known: dict[tuple[str, Any], dict[str, float]] = {}  # what was measured once is not measured again
+
     def draw(threshold: float, net: str) -> Figure:
         plan = plan_fold(networks[net], threshold)
         figure = plotting.plan(plan)
-        folded = fold(networks[net], plan)
-        cost = "".join(f", {measure(folded):.1f}% ({way})" for way, measure in (evaluate or {}).items())
+        if evaluate and (net, plan.groups) not in known:
+            folded = fold(networks[net], plan)
+            known[net, plan.groups] = {way: measure(folded) for way, measure in evaluate.items()}
+        cost = "".join(f", {value:.1f}% ({way})" for way, value in known.get((net, plan.groups), {}).items())
         figure.suptitle(f"{plan.distinct_layers} of {plan.total_layers} layers distinct{cost}", fontsize=10)
         return figure
 
@@ -329,6 +367,9 @@ def search(
     """
     import altair as alt
 
+    depths = {name: len(network.layers) for name, network in networks.items()}  # type: ignore[arg-type]
+    if len(set(depths.values())) != 1 or any(network.training for network in networks.values()):
+        raise ValueError(f"networks must be in evaluation mode and all of one depth, got layers: {depths}")
     drawn = generate(grids, size, box, obstacle_probability, seed)
     steps = steps_from(drawn.inputs)  # (n, H, W), -1 where the search does not come
     guesses = {name: _guesses(network, drawn.inputs) for name, network in networks.items()}  # (n, layers + 1, H, W)
@@ -342,9 +383,7 @@ def search(
                 pixel["k"] = int(drawn.inputs[n, 0, y, x]) + 2 * int(drawn.inputs[n, 1, y, x])
                 pixel["t"] = int(drawn.targets[n, y, x])
                 if pixel["k"] != 2:
-                    pixel["p"] = {
-                        name: (100 * guess[n, :, y, x]).round().astype(int).tolist() for name, guess in guesses.items()
-                    }
+                    pixel["p"] = {name: guess[n, :, y, x].astype(int).tolist() for name, guess in guesses.items()}
                 pixels.append(pixel)
     rows = alt.Data(values=pixels)
     side = 12 * max(1, 170 // 12) if size <= 14 else 176
@@ -370,13 +409,13 @@ def search(
         f"datum.d == step ? '{_FRONTIER}' : '{_REACHED}'"
     )
     answered = (
-        f"datum.k == 2 ? '{_OBSTACLE}' : datum.k == 1 ? '{_QUERY}' : {guess} <= 50 ? '#FFFFFF' : "
+        f"datum.k == 2 ? '{_OBSTACLE}' : datum.k == 1 ? '{_QUERY}' : {guess} == 0 ? '#FFFFFF' : "
         f"datum.t ? '{_RIGHT}' : '{_WRONG}'"
     )
     chosen = alt.Chart(rows, width=340, height=20).transform_filter("datum.n == grid && datum.k != 2")
     counted = (
         chosen.transform_calculate(
-            r="datum.d >= 0 && datum.d <= step ? 1 : 0", w=f"({guess} > 50) == (datum.t == 1) ? 0 : 1"
+            r="datum.d >= 0 && datum.d <= step ? 1 : 0", w=f"({guess} == 1) == (datum.t == 1) ? 0 : 1"
         )
         .transform_aggregate(reached="sum(r)", wrong="sum(w)")
         .transform_calculate(
@@ -387,7 +426,7 @@ def search(
         .encode(text="text:N", x=alt.value(0))
     )
     controls: dict[str, Slider | Choice] = {
-        "step": Slider("steps of the search", 0, int(steps.max()), 1, 4),
+        "step": Slider("steps of the search", 0, int(steps.max()), 1, min(4, int(steps.max()))),
         "layer": Slider("layers passed", 0, depth, 1, depth),
         "grid": Choice("grid", tuple(f"grid {n + 1}" for n in range(grids))),
         "net": Choice("network", tuple(networks)),
@@ -396,10 +435,22 @@ def search(
 
     def draw(step: int, layer: int, grid: str, net: str) -> Figure:
         n = int(grid.removeprefix("grid ")) - 1
-        figure, (left, right) = plt.subplots(1, 2, figsize=(6.6, 3.5))
-        plotting.grid(drawn.inputs[n], (steps[n] >= 0) & (steps[n] <= step), left, f"search after {step} steps")
-        found = torch.from_numpy(guesses[net][n, layer].round(2) > 0.5)
-        plotting.grid(drawn.inputs[n], found, right, f"{net} after {layer} layers", drawn.targets[n])
+        truth, reach, marks = drawn.targets[n].numpy(), steps[n].numpy(), guesses[net][n, layer]
+        queries, obstacles = drawn.inputs[n].numpy()
+        searched = {_REACHED: (reach >= 0) & (reach < step), _FRONTIER: reach == step}
+        answered = {_RIGHT: marks & truth, _WRONG: marks & ~truth}
+        figure, axes = plt.subplots(1, 2, figsize=(6.6, 3.5))
+        for one, shades, title in zip(
+            axes, (searched, answered), (f"search, {step} steps", f"{net}, {layer} layers"), strict=True
+        ):
+            picture = np.ones((size, size, 3))
+            for colour, where in (shades | {_QUERY: queries, _OBSTACLE: obstacles}).items():
+                picture[where] = to_rgb(colour)
+            one.imshow(picture, interpolation="nearest")
+            row, column = np.nonzero(truth & ~queries)
+            one.scatter(column, row, s=300 / size, color="black")
+            one.set(title=title, xticks=[], yticks=[])
+            one.spines[:].set_visible(True)
         return figure
 
     return Moving(
@@ -422,11 +473,11 @@ _OBSTACLE, _QUERY, _REACHED, _FRONTIER, _RIGHT, _WRONG = (
 
 @torch.inference_mode()
 def _guesses(network: nn.Module, inputs: Tensor) -> np.ndarray:
-    """What the last convolution makes of the features after 0, 1, ... layers, as probabilities (n, layers + 1, H, W)."""
+    """Whether the last convolution marks a pixel by the features after 0, 1, ... layers, (n, layers + 1, H, W) bool."""
     place = next(network.parameters())
     x = network.stem(inputs.to(place))  # type: ignore[operator]
     found = [network.head(x)]  # type: ignore[operator]
     for layer in network.layers:  # type: ignore[union-attr]
         x = layer(x)
         found.append(network.head(x))  # type: ignore[operator]
-    return np.asarray(torch.cat(found, dim=1).sigmoid().float().cpu().numpy())
+    return np.asarray((torch.cat(found, dim=1) > 0).cpu().numpy())

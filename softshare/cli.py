@@ -167,7 +167,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from . import report
 
     folder = runs_folder(arguments.runs, "paper")
-    records = find_records(folder)
+    records = find_records(folder, brought=not arguments.runs)
     places = ", ".join(sorted({str(record.path.parent) for record in records})) or folder
     print(f"{len(records)} records in {places}; only those of profile paper fill a cell\n")
     captions = {"cifar": "Error (%), standard augmentation", "search": "CIFAR-10 error (%) with cutout",

@@ -2,7 +2,8 @@
 
 Each picture is declared once, by its controls. A page of the book, which has no kernel, shows an Altair chart whose
 sliders are bound to its parameters; a live notebook shows ipywidgets that draw with matplotlib, and there the same
-sliders may compute what no chart could hold. Both come in one output: a front end takes what it can show.
+sliders may compute what no chart could hold. Both come in one output, and a front end takes what it can show. (A notebook
+that was saved with its outputs and is opened without a kernel may show neither: run it, or read the page.)
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class Slider:
     most: float
     step: float
     start: float
+    fine: float | None = None  # a smaller step for a kernel, which can draw what no chart holds
+
+    def __post_init__(self) -> None:
+        if not (self.least < self.most and 0 < self.step and self.least <= self.start <= self.most):
+            raise ValueError(f"a slider needs least < most, step > 0 and a start between them, got {self}")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,10 @@ class Choice:
 
     label: str
     options: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError(f"the choice {self.label!r} has no options")
 
 
 class Moving:
@@ -61,6 +71,7 @@ class Moving:
         description: str,
     ) -> None:
         self.controls, self.draw, self.description = dict(controls), draw, description
+        self._box: Any = None  # made once, however often it is shown
         self.chart = chart.add_params(*(_parameter(name, one) for name, one in self.controls.items()))  # type: ignore[attr-defined]
 
     def spec(self) -> dict[str, Any]:
@@ -92,6 +103,8 @@ class Moving:
         """The controls and the picture as one ipywidgets box, in step with each other. Stays within ipywidgets 7.7 and 8."""
         import ipywidgets
 
+        if self._box is not None:
+            return self._box
         inputs = {name: _widget(one) for name, one in self.controls.items()}
         picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
 
@@ -101,7 +114,8 @@ class Moving:
         for widget in inputs.values():
             widget.observe(redraw, names="value")
         redraw()
-        return ipywidgets.VBox([*inputs.values(), picture])
+        self._box = ipywidgets.VBox([*inputs.values(), picture])
+        return self._box
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle: dict[str, Any] = {"text/plain": self.description, "text/html": self.to_html()}
@@ -122,23 +136,30 @@ _PAGE = """<figure class="moving" role="group" aria-label="%(label)s">
 .moving .vega-bind-name {flex: 0 0 8.5rem}
 .moving .vega-bind input[type=range] {flex: 1 1 6rem; min-width: 0; height: 1.6rem}
 </style>
-<div id="%(name)s"><noscript>This picture moves by JavaScript.</noscript></div>
+<div class="%(name)s"><noscript>This picture moves by JavaScript.</noscript></div>
 <script>
 (() => {
   const root = document.documentElement.dataset.content_root;  // set on pages of the book
   const sources = root === undefined ? %(scripts)s : [root + "_static/vega.js"];
   const load = (source) => new Promise((done, failed) => {
+    const amd = window.define?.amd;
+    if (amd) window.define.amd = false;  // where RequireJS is, the scripts would hide in it
     const script = document.createElement("script");
-    script.onload = done;
-    script.onerror = () => failed(new Error("not loaded: " + source));
+    const end = (then) => () => { if (amd) window.define.amd = amd; then(); };
+    script.onload = end(done);
+    script.onerror = end(() => {
+      window.softshareVega = undefined;  // the next picture may try again
+      failed(new Error(`This picture needs ${source}, which was not loaded: no network? With a kernel it moves without.`));
+    });
     script.src = source;
     document.head.append(script);
   });
   window.softshareVega ??= sources.reduce((before, source) => before.then(() => load(source)), Promise.resolve());
-  const place = document.getElementById("%(name)s");
+  const near = document.currentScript?.previousElementSibling;  // there may be two pictures of one name
+  const place = near?.classList.contains("%(name)s") ? near : document.querySelector(".%(name)s");
   window.softshareVega
     .then(() => vegaEmbed(place, %(spec)s, {actions: false, renderer: "svg"}))
-    .catch((error) => { place.textContent = String(error); });
+    .catch((error) => { place.textContent = error.message; });
 })();
 </script>
 </figure>"""
@@ -158,14 +179,17 @@ def _parameter(name: str, control: Slider | Choice) -> Any:
 def _widget(control: Slider | Choice) -> Any:
     import ipywidgets
 
-    style = {"style": {"description_width": "initial"}, "description": control.label}
+    # One picture for each place where a slider comes to rest: some take a second to compute.
+    style = {"style": {"description_width": "initial"}, "description": control.label, "continuous_update": False}
     if isinstance(control, Choice):
+        style.pop("continuous_update")
         return ipywidgets.Dropdown(options=list(control.options), **style)
-    whole = all(float(value).is_integer() for value in (control.least, control.most, control.step, control.start))
+    step = control.fine or control.step
+    whole = all(float(value).is_integer() for value in (control.least, control.most, step, control.start))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     number = int if whole else float
     return kind(
-        min=number(control.least), max=number(control.most), step=number(control.step), value=number(control.start), **style
+        min=number(control.least), max=number(control.most), step=number(step), value=number(control.start), **style
     )  # fmt: skip
 
 

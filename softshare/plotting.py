@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
@@ -109,7 +110,10 @@ def plan(plan: FoldPlan, height: float = 1.25) -> Figure:
 def cluster_colours(group: GroupPlan) -> dict[int, str]:
     """The colour of each distinct layer of a plan by its number: one a cluster, grey for layers that stay alone."""
     shared = [cluster[0] for cluster in group.clusters if len(cluster) > 1]
-    colours = {number: _CYCLE[index % (len(_CYCLE) - 1)] for index, number in enumerate(shared)}
+    choice: Sequence[str] = _CYCLE[:-1]
+    if len(shared) > len(choice):  # told apart less well, but told apart
+        choice = tuple(to_hex(plt.get_cmap("turbo")(place)) for place in np.linspace(0.05, 0.95, len(shared)))
+    colours = dict(zip(shared, choice, strict=False))
     return {source: colours.get(source, "#DDDDDD") for source in group.schedule}
 
 

@@ -208,18 +208,20 @@ def content_checksum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def find_records(folder: str | Path, recipe: str | None = None, profile: str | None = None) -> list[Record]:
+def find_records(
+    folder: str | Path, recipe: str | None = None, profile: str | None = None, brought: bool = False
+) -> list[Record]:
     """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder.
 
-    Without a checkout the default folder, ``runs_folder(profile="paper")``, is taken together with the committed records,
-    which an installed package brings with it; of two files with one name that in the folder counts.
+    With `brought` the committed records count too, which an installed package brings with it; of two files with one name
+    that in the folder is taken.
 
     Raises ValueError for an unknown profile, or a file that is no record (see `read_record`).
     """
     if profile is not None:
         _check_profile(profile)
     pattern = "*.json" if recipe is None else f"{slug(recipe)}-*.json"
-    places = [_BROUGHT, Path(folder)] if Path(folder) == runs_folder(profile="paper") else [Path(folder)]
+    places = [_BROUGHT, Path(folder)] if brought else [Path(folder)]
     paths = {path.name: path for place in places for path in place.glob(pattern)}
     records = [read_record(paths[name]) for name in sorted(paths)]
     return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]

@@ -247,11 +247,13 @@ def steps_from(inputs: Tensor) -> Tensor:
     The query itself has 0; pixels that the search does not reach, obstacles among them, have -1. Grids without a query
     raise ValueError.
     """
+    if inputs.dim() != 4 or inputs.shape[1] != 2:
+        raise ValueError(f"inputs must be (N, 2, H, W), got {tuple(inputs.shape)}")
     queries, free = inputs[:, 0].bool(), ~inputs[:, 1].bool()  # (N, H, W)
     if not bool(queries.flatten(1).any(1).all()):
         raise ValueError("every grid must mark a query in inputs[:, 0]")
-    reached = torch.zeros_like(queries)
-    reached.view(len(inputs), -1)[torch.arange(len(inputs)), queries.flatten(1).int().argmax(1)] = True
+    marks = queries.flatten(1)  # (N, H W)
+    reached = (marks & (marks.cumsum(1) == 1)).view(queries.shape)
     steps = reached.long() - 1
     count = 0
     while True:

@@ -18,11 +18,14 @@ import pytest
 from twins import read_site
 
 from softshare import models, records
+from softshare.moving import WIDGET
 from softshare.recipes import plan
 from softshare.similarity import SimilarityRecorder
 
 TOP = Path(__file__).resolve().parents[2]
 TWINS = sorted(path.stem for path in (TOP / "book" / "notebooks").glob("*.ipynb"))
+#: Pictures with sliders, by chapter.
+MOVING = {"01-templates": 1, "03-similarity": 2, "04-shortest-path": 1}
 WIDGETS = "7.7.1"
 BROUGHT = ["torch", "numpy", "matplotlib", f"ipywidgets=={WIDGETS}", "ipykernel", "papermill"]
 # What variables of the surroundings begin with that must not reach the environment.
@@ -143,6 +146,9 @@ def test_a_twin_alone_installs_the_package_and_runs_to_its_end(colab, folder, na
     assert all(cell["execution_count"] for cell in cells)
     outputs = [each for cell in cells for each in cell["outputs"]]
     assert outputs and not [each for each in outputs if each["output_type"] == "error"]
+    live = [each for each in outputs if WIDGET in each.get("data", {})]
+    assert len(live) == MOVING.get(name, 0), "pictures with sliders come as widgets, under ipywidgets 7.7.1 too"
+    assert all('<figure class="moving"' in "".join(each["data"]["text/html"]) for each in live)
 
     files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     written = {path for path in files if path.parent == Path("runs", "fast")}
@@ -171,14 +177,14 @@ def test_an_install_that_fails_ends_the_notebook_with_its_reason(colab, folder, 
 
 
 def test_without_a_checkout_the_records_that_the_package_brought_are_found(tmp_path, monkeypatch):
-    default = tmp_path / "runs"
+    own = tmp_path / "runs"
     monkeypatch.setattr(records, "_BROUGHT", tmp_path / "brought")
-    monkeypatch.setattr(records, "runs_folder", lambda runs="", profile="fast": Path(runs or default))
-    assert records.find_records(default) == []
+    assert records.find_records(own, brought=True) == []
     made = commit_record(tmp_path / "brought")
-    assert made in records.find_records(default, profile="paper")
+    assert made in records.find_records(own, profile="paper", brought=True)
     assert made.similarity().coefficients
-    (tmp_path / "else").mkdir()
-    assert records.find_records(tmp_path / "else") == [], "only beside the default folder"
-    mine = commit_record(default)
-    assert records.find_records(default, profile="paper") == [mine], "one's own before the one that was brought"
+    assert records.find_records(own) == [], "what is asked for as one's own is one's own"
+    mine = commit_record(own)
+    assert records.find_records(own, profile="paper", brought=True) == [mine], (
+        "it comes before the one that was brought"
+    )

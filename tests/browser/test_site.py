@@ -11,8 +11,11 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
+import torch
 from axe_playwright_python.base import AXE_SCRIPT
-from playwright.sync_api import Browser, BrowserContext, ElementHandle, Page
+from playwright.sync_api import Browser, BrowserContext, ElementHandle, Page, expect
+
+from softshare import charts
 
 pytestmark = pytest.mark.long
 
@@ -355,6 +358,23 @@ def test_moving_pictures_fit_a_phone_and_follow_a_finger(chromium, site, name):
             page.touchscreen.tap(box["x"] + box["width"] * (0.8 if low else 0.2), box["y"] + box["height"] / 2)
             changed(page, figure, before)
     context.close()
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_equal_pictures_stand_side_by_side_and_beside_requirejs(contexts, site, amd):
+    figure = charts.mixing(torch.eye(4).view(4, 2, 2)[:2]).to_html()
+    require = "<script>window.define = () => { throw Error('asked'); }; window.define.amd = {};</script>" if amd else ""
+    page = contexts["light"].new_page()
+    page.goto(f"{site.url}search.html")
+    page.set_content(
+        f'<!doctype html><html data-content_root="{site.url}"><body>{require}{figure}{figure}</body></html>'
+    )
+    for place in range(2):
+        expect(page.locator("figure.moving").nth(place).locator("svg")).to_have_count(1)
+        expect(page.locator("figure.moving").nth(place).locator("input")).to_have_count(4)
+    assert page.evaluate("document.querySelectorAll('script[src$=\"vega.js\"]').length") == 1
+    assert not amd or page.evaluate("typeof define.amd") == "object", "RequireJS finds itself as it was"
+    page.close()
 
 
 def test_search_finds_a_word(contexts, site):
