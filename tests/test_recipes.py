@@ -344,6 +344,8 @@ def test_run_fold_and_report_from_the_command_line(tmp_path, capsys):
     assert cli.main([*arguments, *places]) == 0
     told = capsys.readouterr().out
     assert "stage2: 1 -> " in told and "30 distinct layers" in told and "test error" in told
+    errors = {line.split("  ")[0]: float(line.split()[-1]) for line in told.splitlines() if "test error" in line}
+    assert list(errors) == ["as trained", "folded", "BatchNorm anew"] and all(0 <= e <= 100 for e in errors.values())
     saved = softshare.FoldPlan.from_json((tmp_path / "o" / "x.json").read_text())
     assert 3 <= saved.distinct_layers < 30
     from safetensors.torch import load_file
