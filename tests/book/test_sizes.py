@@ -1,6 +1,6 @@
 """Profile gpu is laid out for 15 minutes a chapter on a T4 in float16. This is an estimate on paper: nothing is run.
 
-Counted are the trainings alone, at a quarter of the T4's peak for the multiply-adds, and after that, as if the two did not
+Counted are the trainings, and in chapter 3 the folded networks that are evaluated, at a quarter of the T4's peak for the multiply-adds, and after that, as if the two did not
 overlap, at its memory's bandwidth for what passes over activations. A tenth of the time is left for the rest: scores on
 held-out examples, figures, the start. Grids of 32 channels are bound by the memory, and, a batch of 100 being small, by how
 fast kernels can be launched, for which `softshare.recipes` has a guess.
@@ -43,7 +43,10 @@ def trainings(top, name) -> tuple[list[str], int, int, int]:
         seen = size["examples"] * size["epochs"] * len(size["boxes"])
         return [f"CNN {size['layers']} {size['width']}"] * 2, seen, size["batch"], size["size"]
     networks = [size["plain"], size["shared"]] if name == "02-training" else [size["network"]] * 2
-    return networks, size["train"] * size["epochs"], size["batch"], 32 // size["shrink"]
+    seen = size["train"] * size["epochs"]
+    if name == "03-similarity":  # before folding and at a dozen different plans, in two ways; a pass forward is a third
+        seen += 2 * 13 * size["test"] // 3
+    return networks, seen, size["batch"], 32 // size["shrink"]
 
 
 def seconds(network: str, examples: int, batch: int, side: int) -> float:
