@@ -1,9 +1,10 @@
 """Profile gpu is laid out for 15 minutes a chapter on a T4 in float16. This is an estimate on paper: nothing is run.
 
-Counted are the trainings, and in chapter 3 the folded networks that are evaluated, at a quarter of the T4's peak for the multiply-adds, and after that, as if the two did not
-overlap, at its memory's bandwidth for what passes over activations. A tenth of the time is left for the rest: scores on
-held-out examples, figures, the start. Grids of 32 channels are bound by the memory, and, a batch of 100 being small, by how
-fast kernels can be launched, for which `softshare.recipes` has a guess.
+Counted are the trainings, and in chapter 3 the folded networks that are evaluated: at a quarter of the T4's peak for
+the multiply-adds, and after that, as if the two did not overlap, at its memory's bandwidth for what passes over
+activations. A tenth of the time is left for the rest: scores on held-out examples, figures, the start. Grids of 32
+channels are bound by the memory, and, a batch of 100 being small, by how fast kernels can be launched, for which
+`softshare.recipes` has a guess.
 """
 
 from __future__ import annotations
