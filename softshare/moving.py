@@ -131,9 +131,9 @@ _PAGE = """<figure class="moving" role="group" aria-label="%(label)s">
 .moving {margin: 1rem 0; width: 100%%}
 .moving .vega-embed {display: block; width: 100%%}
 .moving svg {width: min(100%%, 32rem); height: auto; border-radius: 4px}
-.moving .vega-bindings {display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .3rem 1.5rem}
+.moving .vega-bindings {display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .3rem 1.5rem}
 .moving .vega-bind label {display: flex; align-items: center; gap: .6rem}
-.moving .vega-bind-name {flex: 0 0 8.5rem}
+.moving .vega-bind-name {flex: 0 0 9.5rem}
 .moving .vega-bind input[type=range] {flex: 1 1 6rem; min-width: 0; height: 1.6rem}
 </style>
 <div class="%(name)s"><noscript>This picture moves by JavaScript.</noscript></div>
