@@ -237,7 +237,7 @@ def test_an_installed_package_brings_its_data(tmp_path):
     """What the chapters read travels in the wheel: no checkout is at hand on Colab."""
     top = Path(__file__).resolve().parents[1]
     source = tmp_path / "source"
-    shutil.copytree(top, source, ignore=shutil.ignore_patterns(".*", "book", "tests", "cache", "runs", "*.egg-info"))
+    shutil.copytree(top, source, ignore=shutil.ignore_patterns(".*", "book", "tests", "cache", "fast", "*.egg-info"))
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
     subprocess.run(install, check=True, timeout=300)
