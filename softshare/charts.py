@@ -78,8 +78,7 @@ def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) ->
     if [len(row) for row in start] != [k, k] or not all(-1 <= value <= 1 for row in start for value in row):
         raise ValueError(f"start must hold 2 rows of {k} coefficients from -1 to 1, got {start}")
     values = templates.detach().float().cpu().numpy()  # (k, H, W)
-    values = (values / (np.abs(values).max() or 1.0)).round(4)
-    limit = 1.0
+    values = (values / (np.abs(values).max() or 1.0)).round(4)  # from -1 to 1
     pixels = [
         {"x": x, "y": y} | {f"t{j + 1}": float(values[j, y, x]) for j in range(k)}
         for y in range(values.shape[1])
@@ -94,13 +93,12 @@ def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) ->
     }
     names = {layer: [f"{layer}{j + 1}" for j in range(k)] for layer in layers}
     shown = [
-        _square(rows, f"datum.t{j + 1}", f"template {j + 1}", 100, (-limit, limit), _RED_TO_BLUE, high / wide)
-        for j in range(k)
+        _square(rows, f"datum.t{j + 1}", f"template {j + 1}", 100, (-1, 1), _RED_TO_BLUE, high / wide) for j in range(k)
     ]
     mixed = [
         _square(
             rows, " + ".join(f"{name} * datum.t{j + 1}" for j, name in enumerate(names[layer])),
-            f"layer {layer.upper()}", 150, (-1.5 * limit, 1.5 * limit), _RED_TO_BLUE, high / wide,
+            f"layer {layer.upper()}", 150, (-1.5, 1.5), _RED_TO_BLUE, high / wide,
         )
         for layer in layers
     ]  # fmt: skip
@@ -116,7 +114,7 @@ def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) ->
         filters = torch.einsum("lk,khw->lhw", coefficients, torch.from_numpy(values))
         titles = [f"template {j + 1}" for j in range(k)] + ["layer A", "layer B"]
         for one, picture, title in zip(axes, [*values, *filters.numpy()], titles, strict=True):
-            scale = 1.5 * limit if title.startswith("layer") else limit
+            scale = 1.5 if title.startswith("layer") else 1.0
             one.imshow(picture, cmap="RdBu", vmin=-scale, vmax=scale)
             one.set(title=title, xticks=[], yticks=[])
         figure.suptitle(f"|cos(A, B)| = {float(layer_similarity(coefficients)[0, 1]):.2f}", fontsize=11)
@@ -208,11 +206,15 @@ def folds(
         sweeps: for each way to measure the error (in percent) a name, and what `softshare.folding.sweep` returned for each
             network; all at the same thresholds, equally far apart.
         evaluate: how the live version measures the error of a folded network, by the same names.
+
+    Raises:
+        ValueError: a network without its sweeps, networks of different groups, or thresholds that do not agree.
     """
     import altair as alt
 
-    if not networks or not sweeps or any(set(found) < set(networks) for found in sweeps.values()):
-        raise ValueError(f"every network needs a sweep of each kind, got {list(networks)} and {sweeps}")
+    given = {way: list(found) for way, found in sweeps.items()}
+    if not networks or not given or not all(set(networks) <= set(names) for names in given.values()):
+        raise ValueError(f"every network needs a sweep of each kind, got networks {list(networks)} and sweeps {given}")
     sizes = {
         name: {group: len(bank.coefficients) for group, bank in banks(net).items()} for name, net in networks.items()
     }

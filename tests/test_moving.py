@@ -247,6 +247,8 @@ def test_thresholds_must_be_equally_far_apart(folding_picture):
         charts.folds(networks, {"once": uneven})
     with pytest.raises(ValueError, match="every network needs a sweep"):
         charts.folds(networks, {"once": {"SWRN": sweeps["SWRN"]}})
+    with pytest.raises(ValueError, match="every network needs a sweep"):
+        charts.folds(networks, {"once": {"SWRN": sweeps["SWRN"], "another": sweeps["SWRN"]}})
     with pytest.raises(ValueError, match="the same groups"):
         charts.folds(networks | {"CNN": models.gridnet(4, 4, 2)}, {"once": sweeps | {"CNN": sweeps["SWRN"]}})
     short = {name: rows[1:] for name, rows in sweeps.items()}
