@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PIP_ARGS ?=
 PROFILE ?= fast
-HOURS ?= 8
+MINUTES ?= 480
 WORKERS ?= 2
 LAB_ARGS ?=
 
@@ -24,8 +24,9 @@ book: .venv/.has-book ## run every chapter in profile fast and render the book t
 test: .venv/.has-test ## run the quick tests
 	$(RUN) -m pytest -m "not long" -n $(WORKERS) --dist worksteal
 
-test-long: .venv/.has-test ## run the slower tests: every chapter, the renderer, the trainings
+test-long: .venv/.has-test ## run the slower tests: chapters, renderer, trainings; those once more in bfloat16
 	$(RUN) -m pytest -m long
+	$(RUN) -m pytest -m "not long" --auto bfloat16 tests/training
 
 lab: .venv/.has-book ## open the chapters in JupyterLab; LAB_ARGS="--port=9999" and the like are handed on
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=book --LabApp.app_settings_dir="$(CURDIR)/book/_lab" \
@@ -34,13 +35,13 @@ lab: .venv/.has-book ## open the chapters in JupyterLab; LAB_ARGS="--port=9999" 
 bench: .venv/.has-test ## measure speed, pair by pair, about five minutes, and write data/benchmarks/<hardware>.json
 	$(RUN) -m softshare bench
 
-gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for HOURS=...; goes on where it stopped
-	$(RUN) -m softshare gpu --hours $(HOURS)
+gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for MINUTES=...; goes on where it stopped
+	$(RUN) -m softshare gpu --minutes $(MINUTES)
 
-reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu or paper
+reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu, short or paper
 	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)
 
-twins: .venv/.has-book ## write the notebooks for Colab (book/notebooks) and README's badges anew
+twins: .venv/.has-book ## write the notebooks for Colab (book/notebooks) and README's badges again
 	$(RUN) book/build.py twins
 
 lint: .venv/.has-dev ## check style, format and types

@@ -6,15 +6,14 @@
     python book/build.py twins [--check]                       chapters -> output-free book/notebooks/*.ipynb, badges
 
 A chapter is a book/*.md with a kernelspec in its head; jupytext turns it into a notebook, papermill runs it in the
-folder book/, Jupyter Book shows what came out and executes nothing. A chapter whose source, package, pinned versions,
-parameters and data are those of its last successful run is not run again: the key beside its notebook says so.
+folder book/, Jupyter Book shows what came out and executes nothing. A chapter is not run again while its source, the
+package, the pinned versions, the parameters and the data are those of its last successful run, as the key beside its
+notebook tells.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,150 +22,29 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from freshness import (
+    chapter_key,
+    data_folder,
+    digest_of,
+    file_digest,
+    installed,
+    is_current,
+    last_time,
+    remember,
+    tree_digest,
+)
+from places import READERS, Book, read_chapter
 
 #: Seconds that one cell may take, by profile; --timeout overrides it.
-TIMEOUTS = {"fast": 300, "gpu": 4 * 3600, "paper": 14 * 24 * 3600}
-
-#: Pages that read the records which the other chapters write: run last, and again whenever one of those ran again.
-READERS = ("results",)
+TIMEOUTS = {"fast": 300, "gpu": 4 * 3600, "short": 24 * 3600, "paper": 14 * 24 * 3600}
 
 
 class BuildError(Exception):
-    """Something that the person at the keyboard can mend; shown without a traceback."""
-
-
-class Book:
-    """Where things are. Everything hangs on the project's top folder, so tests can build a book of their own."""
-
-    def __init__(self, top: Path, output: Path | None = None) -> None:
-        self.top = top.resolve()
-        #: Where executed notebooks and their keys go.
-        self.output = output.resolve() if output else self.build / "executed"
-
-    @property
-    def folder(self) -> Path:
-        return self.top / "book"
-
-    @property
-    def build(self) -> Path:
-        return self.folder / "_build"
-
-    @property
-    def html(self) -> Path:
-        return self.build / "html"
-
-    @property
-    def package(self) -> Path:
-        return self.top / "softshare"
-
-    @property
-    def twins(self) -> Path:
-        return self.folder / "notebooks"
-
-    def chapters(self) -> list[str]:
-        """Names of the notebook pages, by name, those that read the others' records last."""
-        names = sorted(path.stem for path in self.folder.glob("*.md") if "kernelspec" in front_matter(path))
-        return [n for n in names if n not in READERS] + [n for n in names if n in READERS]
-
-
-def front_matter(page: Path) -> dict[str, Any]:
-    """The YAML between the two `---` lines that may open a page."""
-    lines = page.read_text(encoding="utf8").split("\n")
-    if lines[0].strip() != "---" or "---" not in lines[1:]:
-        return {}
-    return yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)])) or {}
-
-
-def read_chapter(page: Path) -> Any:
-    """The notebook that a chapter's MyST source stands for."""
-    import jupytext
-
-    return jupytext.read(page, fmt="md:myst")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# When is a result still good?
-
-
-def data_folder() -> Path | None:
-    """$SOFTSHARE_DATA as an absolute path; empty means unset."""
-    given = os.environ.get("SOFTSHARE_DATA", "")
-    return Path(given).expanduser().resolve() if given else None
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
-
-
-def tree_digest(folder: Path) -> list[list[str]]:
-    """Path and content of every file in a folder, compiled files aside."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return [[p.relative_to(folder).as_posix(), file_digest(p)] for p in files]
-
-
-def record_digest(book: Book) -> list[list[str]]:
-    """The published figures, timings and committed records. Those of profile fast are made by the chapters themselves."""
-    data = book.top / "data"
-    runs = (path for path in (data / "runs").glob("*") if "-fast-" not in path.name)
-    files = [*(data / "paper").glob("*"), *(data / "benchmarks").glob("*"), *runs]
-    return [[p.relative_to(book.top).as_posix(), file_digest(p)] for p in sorted(files) if p.is_file()]
-
-
-def data_listing() -> list[Any]:
-    """What lies directly in $SOFTSHARE_DATA: names, sizes, times. The files are too large to read for this."""
-    folder = data_folder()
-    if folder is None or not folder.is_dir():
-        return [str(folder or "")]
-    entries = sorted(folder.iterdir())
-    return [str(folder), *([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file())]
-
-
-def chapter_key(book: Book, name: str, parameters: Mapping[str, Any]) -> str:
-    """Everything that a chapter's result depends on, as one hash."""
-    parts: dict[str, Any] = {
-        "chapter": file_digest(book.folder / f"{name}.md"),
-        "package": tree_digest(book.package),
-        "constraints": file_digest(book.top / "constraints.txt"),
-        "parameters": dict(parameters),
-        "python": sys.version,
-        "torch": installed("torch"),
-        "data": data_listing(),
-        "records": record_digest(book),
-    }
-    if name in READERS:
-        parts["others"] = {n: chapter_key(book, n, parameters) for n in book.chapters() if n not in READERS}
-    return digest_of(parts)
-
-
-def digest_of(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def is_current(book: Book, name: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether the executed notebook is what a run with these parameters would give now."""
-    stamp, notebook = book.output / f"{name}.key", book.output / f"{name}.ipynb"
-    if not (stamp.is_file() and notebook.is_file()):
-        return False
-    said = json.loads(stamp.read_text(encoding="utf8"))
-    return said["key"] == chapter_key(book, name, parameters) and said["notebook"] == file_digest(notebook)
-
-
-def last_time(book: Book, name: str) -> float:
-    """Seconds that the chapter took when it last ran here; 0 if it never did."""
-    kept = book.output / f"{name}.seconds"
-    return float(kept.read_text(encoding="utf8")) if kept.is_file() else 0.0
+    """Something that the person at the keyboard can put right; shown without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,23 +136,20 @@ def execute(
             say(f"{label}: unchanged")
             continue
         if failures and name in READERS:
-            say(f"{label}: not run, it reads what the failed ones should have written")
+            say(f"{label}: not run, since it reads what the failed chapters should have written")
             continue
         due = [other for other in chapters[number - 1 :] if not is_current(book, other, parameters)]
         left = sum(last_time(book, other) for other in due)
         say(f"{label}: running ..." + (f" (about {left:.0f} s left in all)" if last_time(book, name) else ""))
         start = time.monotonic()
-        # Taken before the run: what is edited meanwhile must make the chapter run again.
-        key = chapter_key(book, name, parameters)
+        key = chapter_key(book, name, parameters)  # taken before the run, so that an edit during it is noticed
         try:
-            final = run_chapter(book, name, parameters, timeout)
+            run_chapter(book, name, parameters, timeout)
         except BuildError as error:
             failures.append(str(error))
             say(f"{label}: FAILED after {time.monotonic() - start:.1f} s")
             continue
-        stamp = json.dumps({"key": key, "notebook": file_digest(final)})
-        (book.output / f"{name}.key").write_text(stamp, encoding="utf8")
-        (book.output / f"{name}.seconds").write_text(f"{time.monotonic() - start:.1f}", encoding="utf8")
+        remember(book, name, key, time.monotonic() - start)
         ran.append(name)
         say(f"{label}: {time.monotonic() - start:.1f} s")
     say(f"chapters: {len(ran)} run, {time.monotonic() - begin:.1f} s, in {book.output}")
@@ -285,16 +160,16 @@ def execute(
 
 @cache
 def prepare_kernels(profile: str = "fast") -> None:
-    """What every kernel shall find: this environment first, an absolute data folder, a ready font cache, few threads."""
+    """Give every kernel this environment first, an absolute data folder, a font cache that is ready, and few threads."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    # The networks of profile fast are so small that a second thread costs more than it gives, above all where other
-    # programs want the processor too and threads spin while they wait for each other.
+    # The networks of profile fast are so small that a second thread costs more than it gains, above all while other
+    # programs want the processor too, since threads spin while they wait for each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if profile == "fast":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if data_folder() is not None:
         os.environ["SOFTSHARE_DATA"] = str(data_folder())
-    # matplotlib's first import may say that it builds its font cache: not in somebody's chapter.
+    # matplotlib's first import may announce that it builds its font cache, which belongs on no page.
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], capture_output=True, check=False)
 
 
@@ -316,57 +191,87 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     if stale:
         raise BuildError(f"no current result of {', '.join(stale)}: run `python book/build.py execute` first")
     site, source = read_site(book.top), book.build / "source"
-    shutil.rmtree(source, ignore_errors=True)
+    copy_pages(book, source)
+    (source / "_static").mkdir(exist_ok=True)
+    # Draws the charts that move; a page that has one fetches it. In a scope of its own, so that no name clashes with one
+    # of the theme's.
+    vega = "(() => {" + vl_convert.javascript_bundle() + "})();\n"  # type: ignore[call-arg]
+    (source / "_static" / "vega.js").write_text(vega, encoding="utf8")
+    for name in book.chapters():
+        notebook = nbformat.read(book.output / f"{name}.ipynb", as_version=4)
+        strip_notebook(notebook)
+        text = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+        for cell in text[:1]:
+            cell.source = under_title(cell.source, site.badge(name, BADGE))
+        for cell in text:
+            cell.source = link_notebooks(book, cell.source)
+        nbformat.write(notebook, source / f"{name}.ipynb")
+    return source
+
+
+def copy_pages(book: Book, source: Path) -> None:
+    """Copy everything in the book's folder that is neither a chapter, nor a program, nor made from them."""
+    made = {book.build.name, book.twins.name, "__pycache__", ".ipynb_checkpoints"}
     chapters = {f"{name}.md" for name in book.chapters()}
 
     def unwanted(folder: str, names: list[str]) -> set[str]:
         if Path(folder) != book.folder:
             return {"__pycache__", ".ipynb_checkpoints"}
-        made = {book.build.name, book.twins.name, "__pycache__", ".ipynb_checkpoints"}
         return made | chapters | {n for n in names if n.endswith(".py")}
 
+    shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(book.folder, source, ignore=unwanted)
-    link = re.compile(r"(\]\((?:\./)?(?:" + "|".join(map(re.escape, book.chapters())) + r"))\.md(?=[#)])")
     for page in source.glob("*.md"):
-        page.write_text(link.sub(r"\1.ipynb", page.read_text(encoding="utf8")), encoding="utf8")
-    (source / "_static").mkdir(exist_ok=True)
-    # Draws the charts that move; a page that has one fetches it. In a scope of its own, lest its names meet the theme's.
-    vega = "(() => {" + vl_convert.javascript_bundle() + "})();\n"  # type: ignore[call-arg]
-    (source / "_static" / "vega.js").write_text(vega, encoding="utf8")
-    for name in book.chapters():
-        notebook = nbformat.read(book.output / f"{name}.ipynb", as_version=4)
-        first = next((cell for cell in notebook.cells if cell.cell_type == "markdown"), None)
-        if first is not None:
-            first.source = under_title(first.source, site.badge(name, BADGE))
-        notebook.metadata.pop("papermill", None)  # holds paths of this machine; the site offers the notebook
-        notebook.metadata.pop("widgets", None)  # a page has no kernel: it shows the chart that comes with each widget
-        for cell in notebook.cells:
-            cell.metadata.pop("papermill", None)
-            for output in cell.get("outputs", ()):
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-            if cell.cell_type == "markdown":
-                cell.source = link.sub(r"\1.ipynb", cell.source)
-        nbformat.write(notebook, source / f"{name}.ipynb")
-    return source
+        page.write_text(link_notebooks(book, page.read_text(encoding="utf8")), encoding="utf8")
+
+
+def link_notebooks(book: Book, text: str) -> str:
+    """A page's Markdown whose links to chapters lead to notebooks."""
+    chapters = "|".join(map(re.escape, book.chapters()))
+    return re.sub(rf"(\]\((?:\./)?(?:{chapters}))\.md(?=[#)])", r"\1.ipynb", text)
+
+
+def strip_notebook(notebook: Any) -> None:
+    """Remove what a page cannot use or should not tell."""
+    notebook.metadata.pop("papermill", None)  # holds paths of this machine, and the site offers the notebook
+    notebook.metadata.pop("widgets", None)  # a page has no kernel: it shows the chart that comes with each widget
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def render(book: Book, parameters: Mapping[str, Any]) -> Path:
     """Build the site, every warning an error; an unchanged one is not built again."""
     source = assemble(book, parameters)
-    config = book.top / "_config.yml"
-    pins = file_digest(book.top / "constraints.txt")
-    tools = [installed(n) for n in ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "vl-convert-python")]
-    scripts = [file_digest(path) for path in sorted(book.folder.glob("*.py"))]  # the builder and Sphinx's extensions
-    key = digest_of([tree_digest(source), tree_digest(book.package), file_digest(config), pins, scripts, tools])
-    stamp = book.build / "html.key"
+    key, stamp = site_key(book, source), book.build / "html.key"
     if stamp.is_file() and stamp.read_text(encoding="utf8") == key and (book.html / "index.html").is_file():
         say(f"book: unchanged, {book.html / 'index.html'}")
         return book.html
     say("book: rendering ...")
     start = time.monotonic()
-    # Always from nothing: a second, incremental build would not repeat the warnings that failed the first.
     stamp.unlink(missing_ok=True)
-    place = book.build / "render"
+    made = run_jupyter_book(book, source)
+    shutil.rmtree(book.html, ignore_errors=True)
+    os.replace(made, book.html)
+    shutil.rmtree(book.build / "render")
+    stamp.write_text(key, encoding="utf8")
+    say(f"book: {time.monotonic() - start:.1f} s, {book.html / 'index.html'}")
+    return book.html
+
+
+def site_key(book: Book, source: Path) -> str:
+    """Everything that the site depends on, as one hash."""
+    tools = [installed(n) for n in ("jupyter-book", "sphinx", "myst-nb", "sphinx-book-theme", "vl-convert-python")]
+    scripts = [file_digest(path) for path in sorted(book.folder.glob("*.py"))]  # the builder and Sphinx's extensions
+    settings = [file_digest(book.top / name) for name in ("_config.yml", "constraints.txt")]
+    return digest_of([tree_digest(source), tree_digest(book.package), settings, scripts, tools])
+
+
+def run_jupyter_book(book: Book, source: Path) -> Path:
+    """Render the pages in a folder of their own; returns where they are."""
+    # Always from scratch: a second, incremental build would not repeat the warnings that failed the first.
+    place, config = book.build / "render", book.top / "_config.yml"
     shutil.rmtree(place, ignore_errors=True)
     options = ["--path-output", place, "--config", config, "--toc", source / "_toc.yml", "-n", "-W", "--keep-going"]
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
@@ -381,16 +286,10 @@ def render(book: Book, parameters: Mapping[str, Any]) -> Path:
     log = book.build / "render.log"
     log.write_text(done.stdout, encoding="utf8")
     if done.returncode:
-        told = [line for line in done.stdout.split("\n") if any(w in line for w in ("WARNING", "ERROR", "Error"))]
-        raise BuildError(
-            "\n".join(["rendering failed:", *(told or done.stdout.split("\n")[-20:]), f"whole log: {log}"])
-        )
-    shutil.rmtree(book.html, ignore_errors=True)
-    os.replace(place / "_build" / "html", book.html)
-    shutil.rmtree(place)
-    stamp.write_text(key, encoding="utf8")
-    say(f"book: {time.monotonic() - start:.1f} s, {book.html / 'index.html'}")
-    return book.html
+        lines = done.stdout.split("\n")
+        told = [line for line in lines if any(word in line for word in ("WARNING", "ERROR", "Error"))]
+        raise BuildError("\n".join(["rendering failed:", *(told or lines[-20:]), f"whole log: {log}"]))
+    return place / "_build" / "html"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

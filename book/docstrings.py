@@ -1,8 +1,8 @@
 """Sphinx extension: docstrings written for people become valid reStructuredText, and short names find their target.
 
-Docstrings are plain text with `code` in single backticks, and `help()` shows them as they stand. What reStructuredText
-would read as markup, the stars of ``(L, *shape)``, the bars of ``|cos|``, is escaped here.
-A reference to ``softshare.TemplateBank`` leads to where the class is documented, the module that defines it.
+Docstrings are plain text with `code` in single backticks, which `default_role` in _config.yml shows as code. Everything
+else that reStructuredText would take for markup, the stars of (L, *shape) or the bars of |cos|, is escaped here. And a
+reference to `softshare.TemplateBank` leads to where the class is documented, the module that defines it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ import importlib
 import re
 from typing import Any
 
-CODE = re.compile(r"(:[\w:+-]+:)?(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\2(?!`)(_{0,2})", re.S)
-EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(?=[^\s*])[^*\n]*?(?<=[^\s*])\1(?![\w*])")
-MARKUP = re.compile(r"\*(?=\S)|\|(?=\S)|(?<=\w)_(?!\w)")
+MARKUP = re.compile(
+    r"""
+      (?P<meant> ``.+?``(?!`) | :[\w:+-]+:`[^`]+`                                        # code and references
+      | (?<![\w*])(?P<stars>\*{1,2})(?=[^\s*])[^*`\n]*?(?<=[^\s*])(?P=stars)(?![\w*]) )  # emphasis
+    | (?P<code> `[^`]+` )
+    | \*(?=\S) | \|(?=\S) | (?<=\w)_(?!\w)                                               # markup by accident
+    """,
+    re.S | re.X,
+)
 PARAMETER = re.compile(r"^\s*\*{1,2}\w+.*:")
 
 
 def escape(text: str) -> str:
-    """Escape what is markup by accident in running text without code."""
-    out, last = [], 0
-    for kept in EMPHASIS.finditer(text):
-        out += [MARKUP.sub(r"\\\g<0>", text[last : kept.start()]), kept[0]]
-        last = kept.end()
-    return "".join([*out, MARKUP.sub(r"\\\g<0>", text[last:])])
+    """Escape what is markup by accident in running text; in code by the default role, only backslashes are."""
 
+    def escaped(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found[0].replace("\\", r"\\")
+        return found[0] if found["meant"] else "\\" + found[0]
 
-def paragraph(text: str) -> str:
-    out, last = [], 0
-    for code in CODE.finditer(text):
-        out.append(escape(text[last : code.start()]))
-        role, ticks, words, link = code.groups()
-        out.append(code[0] if role or link or len(ticks) == 2 else f"``{words}``")
-        last = code.end()
-    return "".join([*out, escape(text[last:])])
+    return MARKUP.sub(escaped, text)
 
 
 def prose(lines: list[str]) -> list[str]:
@@ -44,7 +42,7 @@ def prose(lines: list[str]) -> list[str]:
 
     def flush() -> None:
         if waiting:
-            out.extend(paragraph("\n".join(waiting)).split("\n"))
+            out.extend(escape("\n".join(waiting)).split("\n"))
             waiting.clear()
 
     for line in lines:

@@ -1,4 +1,4 @@
-"""Sphinx extension: what is put on every page and not wanted there, and what the theme leaves unset."""
+"""Sphinx extension: takes off every page what nobody needs there, and sets what the theme leaves unset."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def tidy(app: Any, page: str, template: str, context: dict[str, Any], doctree: A
     # Light or dark as the reader's system has it, until they choose; unset, the theme's script complains.
     context["default_mode"] = "auto"
     context["favicon_url"] = context["pathto"]("_static/favicon.svg", 1)
-    # Thebe runs cells on other people's servers. No button here starts it, and its constants, said twice, are an error.
-    # Vega is large; the pages that have a moving picture fetch it by themselves.
+    # Thebe runs cells on other people's servers. No button here starts it, and its script declares constants twice, which
+    # is an error. Vega is large; pages with a moving picture fetch it themselves.
     unwanted = re.compile(r"thebe|vega\.js", re.I)
     context["script_files"] = [one for one in context["script_files"] if not unwanted.search(str(vars(one)))]
 
 
 def lighten(app: Any, error: Exception | None) -> None:
-    """The icons come as fonts with the theme's style already: 1.5 MB of script that draws them again is not needed."""
+    """Leave out 1.5 MB of script that draws the icons a second time: the theme's style has them as fonts."""
     script = Path(app.outdir) / "_static" / "scripts" / "fontawesome.js"
     if error is None and script.is_file():
         script.write_text("// The icons are drawn by the fonts in ../vendor/fontawesome.\n", encoding="utf8")

@@ -3,17 +3,22 @@
 A reproduction of "Learning Implicitly Recurrent CNNs Through Parameter Sharing" (Savarese and Maire, ICLR 2019).
 
 On CPUs that announce Intel's AMX, the first import after a start of the machine tries these units in a process of its own
-and may set ONEDNN_MAX_CPU_ISA; see `softshare.processor`.
+and may set ONEDNN_MAX_CPU_ISA; see `softshare.training.processor`.
 """
 
-from . import images, models, processor, shortest_path
-from .folding import FoldPlan, fold, plan_fold, tie
-from .sharing import TemplateBank, banks, decay_groups, share_, unshare
-from .similarity import SimilarityRecorder, layer_similarity, recurrence_penalty, similarity_matrices
+from . import images, models, shortest_path, training
+from .bank import TemplateBank
+from .files import cache_folder
+from .folded import fold
+from .folding import FoldPlan, plan_fold, tie
+from .sharing import banks, decay_groups, share_, unshare
+from .similarity import layer_similarity, recurrence_penalty, similarity_matrices
+from .training.processor import avoid_crashing_units
+from .training.recorder import SimilarityRecorder
 
 __version__ = "0.1.0"
 
-processor.avoid_crashing_units(images.cache_folder())
+avoid_crashing_units(cache_folder())
 
 __all__ = [
     "FoldPlan",
@@ -31,5 +36,6 @@ __all__ = [
     "shortest_path",
     "similarity_matrices",
     "tie",
+    "training",
     "unshare",
 ]

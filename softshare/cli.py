@@ -9,8 +9,20 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from . import experiments, recipes
-from .records import PROFILES, find_records, runs_folder
+from .files import atomic_file
+from .folded import fold
+from .folding import plan_fold
+from .speed import benchmark
+from .studies import PROFILES, RECIPES, costs, find_records, folding, gpu_list, make_plan, run, runs_folder, tables
+from .studies.recipes import find_recipe
+from .studies.running import tasks_of, trained
+from .training import distributed
+from .training.devices import NoSuchDevice, pick_device
+from .training.distributed import Disagreement
+from .training.streaming import WorkerDied
+
+_TOLD = (ValueError, OSError, FloatingPointError, NoSuchDevice, Disagreement, WorkerDied)
+"""Errors whose message says all; others, an error of CUDA among them, come with their traceback."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,20 +43,26 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     commands.add_parser("list", help="show all recipes with what they cost")
-    run = recipe_command("run", "train a recipe and write its record, or find the record; a killed run goes on")
-    run.add_argument("--download", action="store_true", help="fetch the data set where no copy is at hand")
-    run.add_argument("--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120")
-    run.add_argument("--quiet", action="store_true", help="show no progress")
-    fold = recipe_command("fold", "fold the network that `run` has trained: what becomes one layer, and what it costs")
-    fold.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
-    fold.add_argument(
+    command = recipe_command("run", "train a recipe and write its record, or find the record; a killed run goes on")
+    command.add_argument("--download", action="store_true", help="fetch the data set where no copy is at hand")
+    command.add_argument(
+        "--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120"
+    )
+    command.add_argument("--rehearse", action="store_true", help="toy sizes, to try every step in seconds")
+    command.add_argument("--quiet", action="store_true", help="show no progress")
+    command = recipe_command(
+        "fold", "fold the network that `run` has trained: what becomes one layer, and what it costs"
+    )
+    command.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
+    command.add_argument("--sweep", action="store_true", help="record the costs at every threshold from 0.2 to 1, too")
+    command.add_argument(
         "--output", type=Path, help="write OUTPUT.json (the plan) and OUTPUT.safetensors (folded weights)"
     )
     report = commands.add_parser("report", help="the poster's tables beside what records hold")
     report.add_argument("--runs", default="", help="folder of records")
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
     gpu = commands.add_parser("gpu", help="run what is worth a GPU's time, in order of value, as far as time allows")
-    gpu.add_argument("--hours", type=float, required=True, help="how much time there is")
+    gpu.add_argument("--minutes", type=float, required=True, help="how much time there is")
     gpu.add_argument("--rehearse", action="store_true", help="the same list at toy sizes, on any machine")
     gpu.add_argument("--parallel", type=int, default=5, help="small networks that train side by side; default: 5")
     gpu.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -61,15 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(command="bench") if bench else _parser().parse_args(argv)
     commands = {"list": _list, "run": _run, "fold": _fold, "report": _report, "gpu": _gpu}
     try:
-        if bench:
-            from . import benchmark
-
-            return benchmark.main(argv[1:])
-        return commands[arguments.command](arguments)
+        return benchmark.main(argv[1:]) if bench else commands[arguments.command](arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except _TOLD as error:
         print(f"softshare {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,37 +104,36 @@ def _list(arguments: argparse.Namespace) -> int:
     print(
         "Estimated time by profile, on one CPU thread / one GPU of a T4's class. CPU: from a measured speed; GPU: from an"
     )
-    print("assumed one, not measured. * is dropout 0.3. In profile fast networks are narrow relatives.\n")
-    print(f"{'recipe':20} {'data':18} {'fast':>8} {'gpu':>17} {'paper':>17}  shows")
-    for name, recipe in recipes.RECIPES.items():
-        plans = [recipes.plan(name, profile) for profile in PROFILES]
-        cpu, gpu = ([_duration(recipes.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
-        data = ", ".join(recipe.data) or {"paths": "generated", "imagenet": "--data FOLDER"}[recipe.task]
-        both = [f"{mine} / {theirs}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True)]
-        fast = "-" if recipe.task == "imagenet" else cpu[0]
-        print(f"{name:20} {data:18} {fast:>8} {both[0]:>17} {both[1]:>17}  {recipe.shows}")
+    print("assumed one, not measured. * is dropout 0.3. In profiles fast and gpu networks are narrow relatives.\n")
+    print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
+    for name, recipe in RECIPES.items():
+        plans = [make_plan(name, profile) for profile in PROFILES]
+        cpu, gpu = ([_duration(costs.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
+        data = ", ".join(recipe.data) or {"paths": "generated", "imagenet": "--data FOLDER"}[recipe.study]
+        both = " ".join(f"{f'{mine} / {theirs}':>17}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True))
+        fast = "-" if recipe.study == "imagenet" else cpu[0]
+        print(f"{name:24} {data:18} {fast:>8} {both}  {recipe.shows}")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import distributed
-
-    record = experiments.run(
+    record = run(
         arguments.name,
         arguments.profile,
         arguments.seed,
         arguments.data,
-        arguments.device,
-        arguments.runs,
-        arguments.checkpoints,
-        arguments.download,
-        not arguments.quiet,
-        arguments.checkpoint_seconds,
+        device=arguments.device,
+        runs=arguments.runs,
+        checkpoints=arguments.checkpoints,
+        download=arguments.download,
+        progress=not arguments.quiet,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        rehearse=arguments.rehearse,
     )
     if distributed.rank() == 0:
-        took = timedelta(seconds=round(record.environment["seconds"]))
+        took = timedelta(seconds=round(record.execution["seconds"]))
         print(f"{record.recipe}, profile {record.profile}, seed {record.seed}, {record.data['source']}: trained in {took} "
-              f"on {record.environment['hardware']}")  # fmt: skip
+              f"on {record.execution['hardware']}")  # fmt: skip
         for name in ("error", "exact", "f1", "hard_f1", "parameters"):
             if name in record.metrics:
                 print(f"  {name:10} {record.metrics[name]:.6g}")
@@ -129,73 +142,62 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fold(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .folding import fold, plan_fold
-    from .training import evaluate, pick_device
-
     device = pick_device(arguments.device)
-    recipe = recipes.find_recipe(arguments.name).name
-    records = find_records(runs_folder(arguments.runs, arguments.profile), recipe, arguments.profile)
-    test, source = experiments.test_task(recipe, arguments.profile, arguments.seed, arguments.data)
-    found = [record for record in records if record.seed == arguments.seed and record.data == source]
-    if not found:
+    name, profile, seed = find_recipe(arguments.name).name, arguments.profile, arguments.seed
+    records = [
+        record for record in find_records(runs_folder(arguments.runs, profile), name, profile) if record.seed == seed
+    ]
+    if not records:
         raise FileNotFoundError(
-            f"no record of {recipe}, profile {arguments.profile}, seed {arguments.seed} on {source['source']}; train it "
-            f"first: softshare run {recipe!r} --profile {arguments.profile} --seed {arguments.seed}"
+            f"no record of {name}, profile {profile}, seed {seed}; train it first: "
+            f"softshare run {name!r} --profile {profile} --seed {seed}"
         )
-    model = experiments.trained(found[0], arguments.checkpoints).to(device)
+    record = records[0]
+    tasks = tasks_of(record, arguments.data)
+    model = trained(record, arguments.checkpoints).to(device)
     plan = plan_fold(model, arguments.threshold)
-    folded = fold(model, plan)
+    thresholds = sorted({arguments.threshold, *(folding.THRESHOLDS if arguments.sweep else ())})
+    found = folding.fold_costs(record, model, tasks, thresholds, runs=arguments.runs)
+    rows = {way: folding.row_at(rows, arguments.threshold) for way, rows in folding.rows_by_way(found).items()}
+    kept, fresh = rows[folding.KEPT], rows[folding.REESTIMATED]
+    before = sum(parameter.numel() for parameter in model.parameters())
     print(plan)
-    key = "error" if "error" in found[0].metrics else "exact"
-    # What reaches a BatchNorm after a fold is not what its running statistics were taken of.
-    some = torch.arange(min(test.size, 1_000)).split(250)
-    inputs = torch.cat([inputs for inputs, _ in test.batches(some, arguments.seed, 1)]).float()
-    anew = experiments.settled(folded, inputs)
-    for name, network in (("as trained", model), ("folded", folded), ("BatchNorm anew", anew)):
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        layers = plan.total_layers if network is model else plan.distinct_layers
-        score = evaluate(network, test)[key]
-        print(f"{name:14} {layers:3} distinct layers of groups, {parameters:>12,} parameters, test {key} {score:.4g}")
+    for what, layers, parameters, error in (
+        ("as trained", plan.total_layers, before, kept["value"] - kept["change"]),
+        ("folded", plan.distinct_layers, kept["parameters"], kept["value"]),
+        ("as trained, statistics re-estimated", plan.total_layers, before, fresh["value"] - fresh["change"]),
+        ("folded, statistics re-estimated", plan.distinct_layers, fresh["parameters"], fresh["value"]),
+    ):
+        print(f"{what:36} {layers:3} distinct layers of groups, {parameters:>12,} parameters, test error {error:.4g}%")
+    print(f"record {found.path}")
     if arguments.output:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(plan.to_json() + "\n", encoding="utf-8")
-        state = {name: value.cpu().contiguous() for name, value in folded.state_dict().items()}
-        save_file(state, arguments.output.with_suffix(".safetensors"))
-        print(f"written: {arguments.output.with_suffix('.json')}, {arguments.output.with_suffix('.safetensors')}")
+        state = {name: value.cpu().contiguous() for name, value in fold(model, plan).state_dict().items()}
+        plan_path, weights_path = (Path(f"{arguments.output}{end}") for end in (".json", ".safetensors"))
+        for path, content in ((plan_path, (plan.to_json() + "\n").encode()), (weights_path, save(state))):
+            with atomic_file(path) as file:
+                file.write(content)
+        print(f"written: {plan_path}, {weights_path}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from . import report
-
     folder = runs_folder(arguments.runs, "paper")
-    records = find_records(folder, brought=not arguments.runs)
+    records = find_records(folder, bundled=not arguments.runs)
     places = ", ".join(sorted({str(record.path.parent) for record in records})) or folder
     print(f"{len(records)} records in {places}; only those of profile paper fill a cell\n")
     captions = {"cifar": "Error (%), standard augmentation", "search": "CIFAR-10 error (%) with cutout",
                 "imagenet": "ImageNet error (%)"}  # fmt: skip
     for name, caption in captions.items():
-        print(report.as_text(report.paper_beside_ours(name, records), caption), end="\n\n")
-    print(report.as_text(report.others_at_the_papers_schedule(records), "Not on the poster"), end="\n\n")
-    print(report.as_text(report.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"))
+        print(tables.as_text(tables.paper_beside_ours(name, records), caption), end="\n\n")
+    print(tables.as_text(tables.others_at_the_papers_schedule(records), "Not on the poster"), end="\n\n")
+    print(tables.as_text(tables.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"))
     return 0
 
 
 def _gpu(arguments: argparse.Namespace) -> int:
-    from .gpu_list import run_list
-    from .training import pick_device
-
     device = str(pick_device(arguments.device))
-    return run_list(
-        arguments.hours,
-        arguments.rehearse,
-        device,
-        arguments.runs,
-        arguments.checkpoints,
-        arguments.parallel,
-        arguments.download,
-    )
+    names = ("runs", "checkpoints", "parallel", "download", "rehearse")
+    places = gpu_list.Places(device, **{name: getattr(arguments, name) for name in names})
+    return gpu_list.run_list(arguments.minutes, places)

@@ -1,19 +1,15 @@
-"""How alike the layers of a group are: similarity matrices, their record over training, and a penalty that raises them."""
+"""How alike the layers of a group are: of coefficients, of weights, at the start; and a penalty that raises it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .arguments import count
-from .files import written_whole
-from .sharing import TemplateBank, banks, initial_coefficients, without_autocast
+from .bank import TemplateBank, initial_coefficients, without_autocast
+from .sharing import banks
 
 
 def layer_similarity(coefficients: Tensor) -> Tensor:
@@ -43,7 +39,9 @@ def layer_similarity(coefficients: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows = rows / torch.where(norms > 0, norms, 1.0)
     with without_autocast(rows.device):
-        return (rows @ rows.T).abs().clamp(max=1.0)
+        cosines = rows @ rows.T
+    # Some CPUs round a product and its mirror image differently; the mean of both is symmetric to the bit.
+    return ((cosines + cosines.T) / 2).abs().clamp(max=1.0)
 
 
 def similarity_matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -99,89 +97,6 @@ def initial_similarity(
             similarity = layer_similarity(initial_coefficients(num_layers, num_templates, init))
             largest[draw] = similarity.fill_diagonal_(0.0).max()
     return largest
-
-
-class SimilarityRecorder:
-    """Snapshots of a model's layer similarity matrices over training.
-
-    Call ``recorder.record(model, step)`` whenever a snapshot is wanted, with steps that increase; `fit` does so before the
-    first epoch and after each when given one as a callback, and then counts in epochs.
-
-    Args:
-        dense_epochs: in so many of the first epochs `fit` takes several snapshots.
-        per_epoch: how many, in those; their steps are fractions of epochs.
-
-    Attributes:
-        steps: numbers that increase, one a snapshot.
-        coefficients: dict from group name to the list of coefficient matrices (L, k), numpy float32, one a snapshot.
-    """
-
-    def __init__(self, dense_epochs: int = 0, per_epoch: int = 1) -> None:
-        self.dense_epochs, self.per_epoch = dense_epochs, count("per_epoch", per_epoch)
-        self.steps: list[float] = []
-        self.coefficients: dict[str, list[np.ndarray]] = {}
-
-    def due(self, epoch: int, step: int, steps: int) -> bool:
-        """Whether a snapshot is wanted after `step` of `steps` within an epoch (from 1); its end is always recorded."""
-        passed = (step * self.per_epoch) // steps > ((step - 1) * self.per_epoch) // steps
-        return epoch <= self.dense_epochs and step < steps and passed
-
-    def record(self, model: nn.Module, step: float) -> None:
-        """Append a snapshot. Raises ValueError if `step` does not follow the last one or the groups have changed."""
-        if self.steps and step <= self.steps[-1]:
-            raise ValueError(f"steps must increase: got {step} after {self.steps[-1]}")
-        found = {name: bank.coefficients.detach().float().cpu().numpy().copy() for name, bank in banks(model).items()}
-        before = {name: snapshots[0].shape for name, snapshots in self.coefficients.items()}
-        now = {name: matrix.shape for name, matrix in found.items()}
-        if self.steps and before != now:
-            raise ValueError(f"groups have changed: {before} before, {now} now")
-        self.steps.append(step)
-        for name, matrix in found.items():
-            self.coefficients.setdefault(name, []).append(matrix)
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        """The similarity matrices over time by group name, (snapshots, L, L)."""
-        return {
-            name: np.stack([layer_similarity(torch.from_numpy(matrix)).numpy() for matrix in snapshots])
-            for name, snapshots in self.coefficients.items()
-        }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: "steps", and the coefficients of group i over time, (snapshots, L, k), as "i.<name>"."""
-        state = {"steps": torch.tensor(self.steps, dtype=torch.float64)}
-        for number, (name, snapshots) in enumerate(self.coefficients.items()):
-            state[f"{number}.{name}"] = torch.from_numpy(np.stack(snapshots))
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state_dict` described."""
-        self.steps = state["steps"].tolist()
-        groups = sorted((int(key.split(".", 1)[0]), key) for key in state if key != "steps")
-        self.coefficients = {key.split(".", 1)[1]: list(state[key].numpy()) for _, key in groups}
-
-    def save(self, path: str | Path) -> None:
-        """Write everything to one .npz file (no pickle), by way of a temporary name."""
-        names = list(self.coefficients)
-        arrays: dict[str, Any] = {
-            f"coefficients_{i}": np.stack(self.coefficients[name]) for i, name in enumerate(names)
-        }
-        with written_whole(Path(path)) as file:
-            np.savez_compressed(file, steps=np.array(self.steps), names=np.array(json.dumps(names)), **arrays)
-
-    @classmethod
-    def load(cls, path: str | Path) -> SimilarityRecorder:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is not one of ours."""
-        recorder = cls()
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                recorder.steps = arrays["steps"].tolist()
-                for i, name in enumerate(json.loads(str(arrays["names"]))):
-                    recorder.coefficients[name] = list(arrays[f"coefficients_{i}"])
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{path} is not a similarity record: {error}") from error
-        return recorder
 
 
 def off_diagonal(matrices: Mapping[str, Tensor]) -> dict[str, float]:

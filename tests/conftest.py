@@ -1,4 +1,4 @@
-"""What all tests share: one thread, fixed seeds, and networks written by other people."""
+"""What all tests share: one thread, fixed seeds, the precision that "auto" is, and networks to share and to fold."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+import softshare
+
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    told = 'what "auto" precision stands for on the CPU in the processes of the tests (default: what suits this one)'
+    parser.addoption("--auto", choices=("float32", "bfloat16"), help=told)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def precision_of_auto(request):
+    """The same tests must pass on every machine, whatever units its processor has."""
+    chosen = request.config.getoption("auto")
+    with pytest.MonkeyPatch.context() as patched:
+        if chosen:
+            patched.setattr("softshare.training.devices.bfloat16_pays", lambda: chosen == "bfloat16")
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +75,44 @@ def foreign(request):
     torch.manual_seed(0)
     make, shape = FOREIGN[request.param]
     return make(), torch.randn(shape)
+
+
+@pytest.fixture(scope="session")
+def write_coefficients():
+    """A function that writes coefficients (L, k) into one group of a model, or into all of them, and returns the model."""
+
+    def write(model, rows, group=None):
+        with torch.no_grad():
+            for name, bank in softshare.banks(model).items():
+                if group in (None, name):
+                    bank.coefficients.copy_(torch.as_tensor(rows))
+        return model
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def linears(write_coefficients):
+    """A function that makes a network of linear layers, none of ours, with the given coefficients (L, k)."""
+
+    def make(rows, size=4):
+        rows = torch.as_tensor(rows)
+        model = nn.Sequential(*(m for _ in rows for m in (nn.Linear(size, size), nn.Tanh())))
+        softshare.share_(model.to(rows.dtype), rows.shape[1])
+        return write_coefficients(model, rows)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tied_rows():
+    """A function that draws coefficients (L, k) that tie exactly within each cluster, with scales of either sign."""
+
+    def draw(clusters, templates, layers, dtype=torch.float32):
+        rows = torch.randn(layers, templates, dtype=dtype)
+        for cluster in clusters:
+            for place, layer in enumerate(cluster):
+                rows[layer - 1] = rows[cluster[0] - 1] * (-1.5) ** place
+        return rows
+
+    return draw

@@ -88,7 +88,7 @@ def checkout(tmp_path):
     ("section", "made"),
     [
         ("Add a chapter", ["book/notebooks/05-mine.ipynb", "book/_build/executed/05-mine.ipynb"]),
-        ("Add a model", ["softshare/models/mine.py"]),
+        ("Add a model", ["softshare/models/mine.py", "tests/models/test_mine.py"]),
         ("Add a recipe", ["data/runs/fast"]),
     ],
 )

@@ -1,10 +1,9 @@
-"""Template banks, `share_` and all that it promises, `banks`, `decay_groups` and `unshare`."""
+"""`share_` and all that it promises on anybody's model, `banks`, `decay_groups` and `unshare`."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import pickle
 import shutil
@@ -23,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import softshare
-from softshare import TemplateBank, banks, decay_groups, share_, unshare
+from softshare import banks, decay_groups, share_, unshare
 
 
 def stack(n=4, channels=4, **kwargs):
@@ -51,84 +50,6 @@ def assert_same(a, b, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# -------------------------------------------------------------------------------------------------------- TemplateBank
-
-
-@given(st.integers(1, 5), st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_a_bank_mixes_its_templates(layers, templates, shape, seed):
-    torch.manual_seed(seed)
-    bank = TemplateBank(layers, templates, shape).double()
-    first, *rest = shape
-    stored = (first, *rest[1:], *rest[:1])  # the documented order: first, kernel, second dimension
-    assert bank.templates.shape == (templates, math.prod(shape))
-    assert bank.coefficients.shape == (layers, templates)
-    assert bank().shape == (layers, *shape)
-    for i in range(layers):
-        weight = torch.zeros(stored, dtype=torch.double)
-        for j in range(templates):
-            weight += bank.coefficients[i, j] * bank.templates[j].reshape(stored)
-        torch.testing.assert_close(bank()[i], weight.movedim(-1, 1) if rest else weight)
-
-
-@pytest.mark.parametrize(("layers", "templates"), [(6, 1), (6, 2), (10, 8), (6, 6), (3, 5)])
-def test_orthogonal_coefficients(layers, templates):
-    a = TemplateBank(layers, templates, (2, 2)).coefficients.detach()
-    gram = a.T @ a if templates <= layers else a @ a.T
-    torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
-    if templates <= layers:
-        assert a.square().sum(1).mean().item() == pytest.approx(templates / layers)
-
-
-@given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**31))
-def test_sparse_coefficients_are_half_zero_and_no_row_is(layers, templates, seed):
-    torch.manual_seed(seed)
-    a = TemplateBank(layers, templates, (1,), init="sparse").coefficients
-    assert (a == 0).sum() == (layers * templates // 2 if templates > 1 else 0)
-    assert (a != 0).any(1).all()
-
-
-@pytest.mark.parametrize("init", ["sparse", "normal"])
-def test_normal_coefficients_have_rows_of_expected_square_one(init):
-    a = TemplateBank(4000, 6, (1,), init=init).coefficients.detach()
-    assert a.square().sum(1).mean().item() == pytest.approx(1.0, abs=0.05)
-    used = a[a != 0]
-    assert abs(used.mean().item()) < 0.02
-    kurtosis = (used**4).mean() / used.square().mean() ** 2
-    assert kurtosis.item() == pytest.approx(3.0, abs=0.3)
-
-
-def test_identity_coefficients():
-    assert torch.equal(TemplateBank(3, 3, (2, 2), init="identity").coefficients, torch.eye(3))
-
-
-@pytest.mark.parametrize(("shape", "fan_in"), [((64, 16, 3, 3), 144), ((400, 100), 100), ((20000,), 20000)])
-def test_templates_start_with_variance_two_over_fan_in(shape, fan_in):
-    templates = TemplateBank(4, 3, shape).templates.detach()
-    assert templates.var().item() == pytest.approx(2 / fan_in, rel=0.05)
-    assert templates.mean().abs().item() < 0.1 * math.sqrt(2 / fan_in)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "says"),
-    [
-        ((0, 2, (3, 3)), ValueError, "num_layers.*0"),
-        ((4, 0, (3, 3)), ValueError, "num_templates.*0"),
-        ((4, -1, (3, 3)), ValueError, "num_templates.*-1"),
-        ((4, 2, ()), ValueError, "weight_shape"),
-        ((4, 2, (3, 0)), ValueError, "weight_shape"),
-        ((4, 2, (3, 3), "random"), ValueError, "random.*orthogonal.*sparse.*identity.*normal"),
-        ((4, 2, (3, 3), "identity"), ValueError, "identity"),
-        ((4.0, 2, (3, 3)), TypeError, "num_layers"),
-        ((4, True, (3, 3)), TypeError, "num_templates"),
-        ((4, 2, 9), TypeError, "weight_shape"),
-        ((4, 2, (3.5, 3)), TypeError, "weight_shape"),
-    ],
-)
-def test_a_bank_refuses_bad_arguments(arguments, error, says):
-    with pytest.raises(error, match=says):
-        TemplateBank(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------- equal to plain layers
@@ -949,11 +870,3 @@ def test_a_class_with_a_state_of_its_own_is_copied_by_it():
     twin = copy.deepcopy(model)
     x = torch.randn(2, 4)
     assert torch.equal(twin(x), model(x)) and not hasattr(twin[1], "handle")
-
-
-def test_half_precision_by_default_still_draws_a_bank():
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        assert softshare.TemplateBank(3, 2, (4, 4)).templates.dtype is torch.bfloat16
-    finally:
-        torch.set_default_dtype(torch.float32)

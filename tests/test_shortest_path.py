@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from softshare import shortest_path
-from softshare.shortest_path import generate, rectangle_rule, scores
+from softshare.shortest_path import generate, rectangle_rule, scores, scores_beside_the_rule, steps_from
 
 
 def graph_of(inputs):
@@ -206,6 +206,22 @@ def test_the_curriculum_walks_through_the_phases():
     assert means == sorted(means)
 
 
+def test_steps_are_those_of_a_breadth_first_search():
+    grids = generate(20, 11, 9, 0.35, seed=6)
+    for inputs, found in zip(grids.inputs, steps_from(grids.inputs), strict=True):
+        graph, (first, _) = graph_of(inputs)
+        expected = torch.full((11, 11), -1)
+        for place, steps in nx.single_source_shortest_path_length(graph, first).items():
+            expected[place] = steps
+        assert torch.equal(found, expected)
+    second = steps_from(grids.inputs)[grids.inputs[:, 0]].view(20, 2).max(1).values
+    assert torch.equal(second, grids.distances)
+    with pytest.raises(ValueError, match="must mark a query"):
+        steps_from(torch.zeros(2, 2, 5, 5))
+    with pytest.raises(ValueError, match=r"\(N, 2, H, W\)"):
+        steps_from(torch.zeros(2, 5, 5))
+
+
 def test_the_rectangle_rule_equals_a_loop():
     grids = generate(60, 12, 9, 0.3)
     for inputs, found in zip(grids.inputs, rectangle_rule(grids.inputs), strict=True):
@@ -259,3 +275,38 @@ def test_scores_equal_a_loop(n, size, seed):
 def test_scores_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="shape"):
         scores(torch.zeros(2, 3, 3), torch.zeros(2, 3, 4))
+
+
+def test_scores_beside_the_rule_equal_a_loop():
+    """The hard grids are those on which the rectangle rule is wrong anywhere; there the scores are taken once more."""
+    grids = generate(60, 12, 9, 0.2, seed=2)
+    predictions = grids.targets ^ (torch.rand(grids.targets.shape) < 0.002)  # some grids are right, some are not
+    hard = []
+    for index, (inputs, target) in enumerate(zip(grids.inputs, grids.targets, strict=True)):
+        (r1, c1), (r2, c2) = inputs[0].nonzero().tolist()
+        wrong = 0
+        for r in range(12):
+            for c in range(12):
+                inside = min(r1, r2) <= r <= max(r1, r2) and min(c1, c2) <= c <= max(c1, c2)
+                wrong += bool(target[r, c]) != (inside and not inputs[1, r, c])
+        if wrong:
+            hard.append(index)
+    assert 10 < len(hard) < 50
+    found = scores_beside_the_rule(predictions, grids)
+    easy, rest = scores(predictions, grids.targets), scores(predictions[hard], grids.targets[hard])
+    assert found == {**easy, "hard_f1": rest["f1"], "hard_exact": rest["exact"]}
+    assert 0 < rest["exact"] < 1 and rest != easy
+    of_the_rule = scores_beside_the_rule(rectangle_rule(grids.inputs), grids)
+    assert of_the_rule["exact"] == pytest.approx(1 - len(hard) / 60) and of_the_rule["hard_exact"] == 0
+    assert of_the_rule["hard_f1"] < of_the_rule["f1"]
+
+
+def test_without_hard_grids_the_hard_scores_are_one():
+    free = generate(5, 8, 5, 0.0)
+    found = scores_beside_the_rule(torch.zeros_like(free.targets), free)
+    assert found == {"f1": 0.0, "exact": 0.0, "hard_f1": 1.0, "hard_exact": 1.0}
+
+
+def test_scores_of_no_grids_are_refused():
+    with pytest.raises(ValueError, match="no grids"):
+        scores(torch.zeros(0, 3, 3), torch.zeros(0, 3, 3))

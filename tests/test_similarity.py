@@ -1,4 +1,4 @@
-"""Layer similarity, its penalty, its values at initialisation, and its recorder."""
+"""Layer similarity, its penalty, and its values at initialisation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import softshare
 from softshare import (
-    SimilarityRecorder,
     TemplateBank,
     banks,
     layer_similarity,
@@ -43,7 +41,9 @@ def test_similarity_equals_a_double_loop(layers, templates, magnitude, with_zero
     found = layer_similarity(a)
     np.testing.assert_allclose(found.numpy(), by_loop(a), atol=1e-12)
     assert torch.equal(found, found.T) and found.min() >= 0 and found.max() <= 1
-    torch.testing.assert_close(layer_similarity(a.float()).double(), found, rtol=0, atol=1e-5)
+    single = layer_similarity(a.float())
+    torch.testing.assert_close(single.double(), found, rtol=0, atol=1e-5)
+    assert torch.equal(single, single.T), "to the bit, on every processor"
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -70,6 +70,14 @@ def test_a_zero_row_is_like_nothing_and_never_nan():
 def test_coefficients_must_be_a_matrix(value, error):
     with pytest.raises(error, match="coefficients"):
         layer_similarity(value)
+
+
+def test_empty_and_unreal_coefficients_are_refused():
+    with pytest.raises(ValueError, match="matrix"):
+        layer_similarity(torch.zeros(3, 0))
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="real"):
+            layer_similarity(torch.ones(2, 2, dtype=dtype))
 
 
 def test_similarity_matrices_of_a_model():
@@ -144,6 +152,13 @@ def test_the_penalty_of_a_model_without_banks_is_zero():
     assert recurrence_penalty(nn.ReLU()).item() == 0.0
 
 
+def test_autocast_does_not_blur_similarities():
+    model = models.swrn(28, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = recurrence_penalty(model)
+    assert torch.equal(inside, recurrence_penalty(model))
+
+
 def test_following_the_penalty_makes_layers_alike():
     model = models.gridnet(layers=6, width=2, templates=4)
     optimizer = torch.optim.SGD(model.parameters(), 0.02)
@@ -184,92 +199,3 @@ def test_the_largest_similarity_at_initialisation(layers, templates, threshold, 
 def test_off_diagonal_is_the_mean_of_pairs():
     matrix = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]])
     assert off_diagonal({"a": matrix, "b": torch.ones(1, 1)}) == {"a": pytest.approx(0.5), "b": 0.0}
-
-
-# -------------------------------------------------------------------------------------------------------------- recorder
-
-
-def recorded(steps=(0, 3, 10)):
-    model, recorder, seen = models.swrn(22, 1, 2), SimilarityRecorder(), []
-    for step in steps:
-        recorder.record(model, step)
-        seen.append(similarity_matrices(model))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_()
-    return model, recorder, seen
-
-
-def test_the_recorder_keeps_snapshots():
-    _, recorder, seen = recorded()
-    assert recorder.steps == [0, 3, 10]
-    for name, matrices in recorder.matrices().items():
-        assert matrices.shape == (3, 4, 4)
-        np.testing.assert_allclose(matrices, torch.stack([s[name] for s in seen]).numpy(), atol=1e-6)
-
-
-def test_a_record_is_saved_and_loaded(tmp_path):
-    _, recorder, _ = recorded()
-    path = tmp_path / "new folder" / "record.npz"
-    recorder.save(path)
-    found = SimilarityRecorder.load(path)
-    assert found.steps == recorder.steps and list(found.coefficients) == list(recorder.coefficients)
-    for name, matrices in recorder.matrices().items():
-        np.testing.assert_array_equal(found.matrices()[name], matrices)
-    assert [file.name for file in path.parent.iterdir()] == ["record.npz"]
-    with np.load(path, allow_pickle=False) as arrays:
-        assert len(arrays.files) > 1  # nothing in it needs unpickling
-
-
-def test_odd_group_names_are_kept(tmp_path):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    share_(model, 1, lambda *_: "a/b: ü, [c]")
-    recorder = SimilarityRecorder()
-    recorder.record(model, 0)
-    recorder.save(tmp_path / "r.npz")
-    assert list(SimilarityRecorder.load(tmp_path / "r.npz").coefficients) == ["a/b: ü, [c]"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "other"])
-def test_a_damaged_record_is_refused_by_name(tmp_path, damage):
-    path = tmp_path / "record.npz"
-    recorded()[1].save(path)
-    data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[len(data) // 3] ^= 0xFF
-    changed = {"cut": data[: len(data) // 2], "flip": data, "empty": b"", "text": b"steps"}
-    if damage == "other":
-        np.savez(path, something=np.arange(3))
-    else:
-        path.write_bytes(changed[damage])
-    with pytest.raises(ValueError, match=r"record\.npz"):
-        SimilarityRecorder.load(path)
-
-
-def test_a_missing_record_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        SimilarityRecorder.load(tmp_path / "none.npz")
-
-
-def test_the_recorder_refuses_steps_that_do_not_increase_and_other_models():
-    model, recorder, _ = recorded()
-    with pytest.raises(ValueError, match="10"):
-        recorder.record(model, 10)
-    with pytest.raises(ValueError, match="stage1"):
-        recorder.record(models.gridnet(layers=3, width=2, templates=1), 11)
-    assert recorder.steps == [0, 3, 10]
-
-
-def test_autocast_does_not_blur_similarities():
-    model = softshare.models.swrn(28, 1, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = softshare.recurrence_penalty(model)
-    assert torch.equal(inside, softshare.recurrence_penalty(model))
-
-
-def test_empty_and_unreal_coefficients_are_refused():
-    with pytest.raises(ValueError, match="matrix"):
-        softshare.layer_similarity(torch.zeros(3, 0))
-    for dtype in (torch.bool, torch.complex64):
-        with pytest.raises(TypeError, match="real"):
-            softshare.layer_similarity(torch.ones(2, 2, dtype=dtype))

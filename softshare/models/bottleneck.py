@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..sharing import _share, without_autocast
+from ..bank import without_autocast
+from ..sharing import share_groups
 from .blocks import RecurrentBlock, scaled
 
 BLOCKS = (3, 4, 6, 3)
@@ -124,5 +125,5 @@ def swrn50(width: int = 2, templates: int | None = None, num_classes: int = 1000
         stage, *place = name.split(".")
         return f"{stage}.{place[1]}" if stage.startswith("stage") and place[0] != "0" else None
 
-    _share(model, templates, shape_of, "orthogonal", keep_scale=False)
+    share_groups(model, templates, shape_of, "orthogonal", keep_scale=False)
     return model

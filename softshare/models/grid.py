@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..sharing import _share
+from ..sharing import share_groups
 from .blocks import RecurrentBlock, scaled
 
 
@@ -72,5 +72,5 @@ def gridnet(layers: int = 20, width: int = 32, templates: int | None = None) -> 
         def key(name: str, layer: nn.Module) -> str | None:
             return "layers" if name.startswith("layers.") else None
 
-        _share(model, templates, key, "orthogonal", keep_scale=False)
+        share_groups(model, templates, key, "orthogonal", keep_scale=False)
     return model

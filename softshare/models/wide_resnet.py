@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..sharing import _share, without_autocast
+from ..bank import without_autocast
+from ..sharing import share_groups
 from .blocks import RecurrentBlock, scaled
 
 
@@ -122,7 +123,7 @@ def swrn(
         stage, *place = name.split(".")
         return stage if stage.startswith("stage") and place[0] != "0" else None
 
-    _share(model, templates, stage_of, "orthogonal", keep_scale=False)
+    share_groups(model, templates, stage_of, "orthogonal", keep_scale=False)
     return model
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 from twins import read_site
 
-from softshare import models, records
-from softshare.moving import WIDGET
-from softshare.recipes import plan
-from softshare.similarity import SimilarityRecorder
+from softshare import SimilarityRecorder, models
+from softshare.pictures.moving import WIDGET
+from softshare.studies import Record, find_records, make_plan, study_of, write_record
 
 TOP = Path(__file__).resolve().parents[2]
 TWINS = sorted(path.stem for path in (TOP / "book" / "notebooks").glob("*.ipynb"))
@@ -38,7 +37,7 @@ class Colab:
 
     python: Path
     env: dict[str, str]
-    committed: records.Record
+    committed: Record
 
     def ask(self, code: str, folder: Path) -> str:
         done = subprocess.run([self.python, "-c", code], cwd=folder, env=self.env, text=True, stdout=subprocess.PIPE)
@@ -66,21 +65,14 @@ def address(repository: Path) -> dict[str, str]:
     return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": key, "GIT_CONFIG_VALUE_0": read_site(TOP).url}
 
 
-def commit_record(folder: Path) -> records.Record:
+def commit_record(folder: Path) -> Record:
     """A record of the paper's schedule, and beside it one of profile fast, which must stay at home."""
     similarity = SimilarityRecorder()
     similarity.record(models.build("SWRN 16-1-2"), 0)
     for profile in ("fast", "paper"):
-        made = records.write_record(
-            "SWRN 28-6-2 cutout",
-            profile=profile,
-            seed=0,
-            config=plan("SWRN 28-6-2 cutout", profile).config(),
-            data={"source": "CIFAR-10 (JPEG)"},
-            metrics={"error": 3.25},
-            similarity=similarity,
-            runs=folder,
-        )
+        plan = make_plan("SWRN 28-6-2 cutout", profile)
+        identity, data = study_of(plan).identity(plan, "f"), {"source": "CIFAR-10 (JPEG)", "fingerprint": "f"}
+        made = write_record(identity, {"error": 3.25}, data=data, similarity=similarity, runs=folder)
     return made
 
 
@@ -179,13 +171,11 @@ def test_an_install_that_fails_ends_the_notebook_with_its_reason(colab, folder, 
 
 def test_without_a_checkout_the_records_that_the_package_brought_are_found(tmp_path, monkeypatch):
     own = tmp_path / "runs"
-    monkeypatch.setattr(records, "_BROUGHT", tmp_path / "brought")
-    assert records.find_records(own, brought=True) == []
-    made = commit_record(tmp_path / "brought")
-    assert made in records.find_records(own, profile="paper", brought=True)
+    monkeypatch.setattr("softshare.files.bundled_folder", lambda name: tmp_path / "bundled")
+    assert find_records(own, bundled=True) == []
+    made = commit_record(tmp_path / "bundled")
+    assert made in find_records(own, profile="paper", bundled=True)
     assert made.similarity().coefficients
-    assert records.find_records(own) == [], "what is asked for as one's own is one's own"
+    assert find_records(own) == [], "what is asked for as one's own is one's own"
     mine = commit_record(own)
-    assert records.find_records(own, profile="paper", brought=True) == [mine], (
-        "it comes before the one that was brought"
-    )
+    assert find_records(own, profile="paper", bundled=True) == [mine], "it comes before the one that was brought"

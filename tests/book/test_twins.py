@@ -189,6 +189,25 @@ def test_links_between_twins_follow_the_configuration(project, make_chapter, els
         ("```{list-table}\n* - a\n  - b\n* - 1\n  - 2\n```", "| a | b |\n|---|---|\n| 1 | 2 |"),
         ("```python\nx = {1: '{role}`y`'}\n```", "```python\nx = {1: '{role}`y`'}\n```"),
         ("- item\n\n  :::{tip}\n  In.\n  :::", "- item\n\n  > **Tip**\n  >\n  > In."),
+        ("- :::{tip}\n  In.\n  :::\n- {ref}`near`", "- > **Tip**\n  >\n  > In.\n- Nearby"),
+        ("1. a\n\n   $$\n   x\n   $$ (e)\n\n   {eq}`e`", "1. a\n\n   $$\n   x \\tag{1}\n   $$\n\n   (1)"),
+        ("> a {ref}`near`,\n> {doc}`the\n> next <02-two>`", f"> a Nearby,\n> [the\n> next]({COLAB}/02-two.ipynb)"),
+        ("> $$\n> x\n> = 1\n> $$", "> $$ x = 1 $$"),
+        (
+            "| a | b |\n|---|---|\n| {ref}`near` | `a\\|b` {ref}`near` |",
+            "| a | b |\n|---|---|\n| Nearby | `a\\|b` Nearby |",
+        ),
+        (
+            "term {ref}`near`\n: 1\n\n    ```{tip}\n    In.\n    ```",
+            "term Nearby\n: 1\n\n    > **Tip**\n    >\n    > In.",
+        ),
+        ("[`code`, {math}`x`][two]\n\n[two]: 02-two.md", f"[`code`, $x$]({COLAB}/02-two.ipynb)\n\n[two]: 02-two.md"),
+        ("[![a](a.svg)](https://a.org)", "[![a](https://github.com/someone/book/raw/main/book/a.svg)](https://a.org)"),
+        ("$a_[b](c)$, `[b](c)`, \\[b](c), \\* and &amp;", "$a_[b](c)$, `[b](c)`, \\[b](c), \\* and &amp;"),
+        ("\\begin{align}\na [x](y.md)\n\\end{align}", "\\begin{align}\na [x](y.md)\n\\end{align}"),
+        (":::{tip}\n```python\na\n\n\nb\n```\n:::", "> **Tip**\n>\n> ```python\n> a\n>\n>\n> b\n> ```"),
+        ("````{code-block} md\n```\nx\n```\n````", "````md\n```\nx\n```\n````"),
+        ("    {ref}`near`\n\n\\{ref}`near`", "    {ref}`near`\n\n\\{ref}`near`"),
     ],
 )
 def test_what_becomes_of_myst(convert, myst, plain):
@@ -206,6 +225,9 @@ def test_what_becomes_of_myst(convert, myst, plain):
         ("{doc}`nowhere`", "no page 'nowhere'"),
         ("{ref}`nowhere`", "no label 'nowhere'"),
         ("> :::{note}\n> In.\n> :::", "left over"),
+        ("- a\n\n  :::{note}\n  open\n\nb", "never closed"),
+        ("```{.python}\n1\n```", "left over"),
+        ("```{list-table}\n* - a\n\n    ```\n    b\n    ```\n```", "a cell of a list-table"),
     ],
 )
 def test_what_has_no_plain_form_is_an_error_that_names_it(convert, myst, message):

@@ -49,10 +49,10 @@ print("run by", sys.executable)
 ```{code-cell} ipython3
 from torch import nn
 
-from softshare import images, tasks, training
+from softshare import images, training
 
 train, test = (images.load("digits", split).shrunk(4) for split in ("train", "test"))
-digits = tasks.Classification(train, test, images.Augmentation(*train.statistics(), flip=False, pad=0))
+digits = training.Classification(train, test, images.Augmentation(*train.statistics(), flip=False, pad=0))
 history = training.fit(
     nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 10)), digits, training.Settings(epochs=2), title="digits"
 )
@@ -70,9 +70,9 @@ for _ in tqdm(range(40), "files"):
 ```{code-cell} ipython3
 import torch
 
-from softshare import charts
+from softshare import pictures
 
-charts.mixing(torch.eye(9).view(9, 3, 3)[:2], start=((0.5, 0), (0, 1)))
+pictures.mixing(torch.eye(9).view(9, 3, 3)[:2], start=((0.5, 0), (0, 1)))
 ```
 """
 

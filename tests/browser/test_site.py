@@ -15,7 +15,7 @@ import torch
 from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, BrowserContext, ElementHandle, Page, expect
 
-from softshare import charts
+from softshare import pictures
 
 pytestmark = pytest.mark.long
 
@@ -362,7 +362,7 @@ def test_moving_pictures_fit_a_phone_and_follow_a_finger(chromium, site, name):
 
 @pytest.mark.parametrize("amd", [False, True])
 def test_equal_pictures_stand_side_by_side_and_beside_requirejs(contexts, site, amd):
-    figure = charts.mixing(torch.eye(4).view(4, 2, 2)[:2]).to_html()
+    figure = pictures.mixing(torch.eye(4).view(4, 2, 2)[:2]).to_html()
     require = "<script>window.define = () => { throw Error('asked'); }; window.define.amd = {};</script>" if amd else ""
     page = contexts["light"].new_page()
     page.goto(f"{site.url}search.html")

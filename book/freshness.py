@@ -1,0 +1,97 @@
+"""When is a result still good? As long as everything that it depends on is what it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from places import READERS, Book
+
+
+def data_folder() -> Path | None:
+    """$SOFTSHARE_DATA as an absolute path; empty means unset."""
+    given = os.environ.get("SOFTSHARE_DATA", "")
+    return Path(given).expanduser().resolve() if given else None
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+
+
+def tree_digest(folder: Path) -> list[list[str]]:
+    """Path and content of every file in a folder, compiled files aside."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return [[p.relative_to(folder).as_posix(), file_digest(p)] for p in files]
+
+
+def record_digest(book: Book) -> list[list[str]]:
+    """The published figures, the timings and the committed records, not those that chapters write in profile fast."""
+    data = book.top / "data"
+    runs = (path for path in (data / "runs").glob("*") if "-fast-" not in path.name)
+    files = [*(data / "paper").glob("*"), *(data / "benchmarks").glob("*"), *runs]
+    return [[p.relative_to(book.top).as_posix(), file_digest(p)] for p in sorted(files) if p.is_file()]
+
+
+def data_listing() -> list[Any]:
+    """Names, sizes and times of the files directly in $SOFTSHARE_DATA, which are too large to be read for this."""
+    folder = data_folder()
+    if folder is None or not folder.is_dir():
+        return [str(folder or "")]
+    entries = sorted(folder.iterdir())
+    return [str(folder), *([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file())]
+
+
+def chapter_key(book: Book, name: str, parameters: Mapping[str, Any]) -> str:
+    """Everything that a chapter's result depends on, as one hash."""
+    parts: dict[str, Any] = {
+        "chapter": file_digest(book.folder / f"{name}.md"),
+        "package": tree_digest(book.package),
+        "constraints": file_digest(book.top / "constraints.txt"),
+        "parameters": dict(parameters),
+        "python": sys.version,
+        "torch": installed("torch"),
+        "data": data_listing(),
+        "records": record_digest(book),
+    }
+    if name in READERS:
+        parts["others"] = {n: chapter_key(book, n, parameters) for n in book.chapters() if n not in READERS}
+    return digest_of(parts)
+
+
+def digest_of(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_current(book: Book, name: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether the executed notebook is what a run with these parameters would give now."""
+    stamp, notebook = book.output / f"{name}.key", book.output / f"{name}.ipynb"
+    if not (stamp.is_file() and notebook.is_file()):
+        return False
+    said = json.loads(stamp.read_text(encoding="utf8"))
+    return said["key"] == chapter_key(book, name, parameters) and said["notebook"] == file_digest(notebook)
+
+
+def remember(book: Book, name: str, key: str, seconds: float) -> None:
+    """Write beside the executed notebook what it was made from and how long that took."""
+    said = {"key": key, "notebook": file_digest(book.output / f"{name}.ipynb")}
+    (book.output / f"{name}.key").write_text(json.dumps(said), encoding="utf8")
+    (book.output / f"{name}.seconds").write_text(f"{seconds:.1f}", encoding="utf8")
+
+
+def last_time(book: Book, name: str) -> float:
+    """Seconds that the chapter took when it last ran here; 0 if it never did."""
+    kept = book.output / f"{name}.seconds"
+    return float(kept.read_text(encoding="utf8")) if kept.is_file() else 0.0

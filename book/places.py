@@ -1,0 +1,60 @@
+"""Where things lie in the project, and which pages of the book are chapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Pages that read the records written by the other chapters: run last, and again whenever one of those has run again.
+READERS = ("results",)
+
+
+class Book:
+    """The folders of a book. All follow from the project's top folder, so that tests can build a book of their own."""
+
+    def __init__(self, top: Path, output: Path | None = None) -> None:
+        self.top = top.resolve()
+        #: Where executed notebooks and their keys go.
+        self.output = output.resolve() if output else self.build / "executed"
+
+    @property
+    def folder(self) -> Path:
+        return self.top / "book"
+
+    @property
+    def build(self) -> Path:
+        return self.folder / "_build"
+
+    @property
+    def html(self) -> Path:
+        return self.build / "html"
+
+    @property
+    def package(self) -> Path:
+        return self.top / "softshare"
+
+    @property
+    def twins(self) -> Path:
+        return self.folder / "notebooks"
+
+    def chapters(self) -> list[str]:
+        """Names of the notebook pages, by name, those that read the others' records last."""
+        names = sorted(path.stem for path in self.folder.glob("*.md") if "kernelspec" in front_matter(path))
+        return [n for n in names if n not in READERS] + [n for n in names if n in READERS]
+
+
+def front_matter(page: Path) -> dict[str, Any]:
+    """The YAML between the two `---` lines that may open a page."""
+    lines = page.read_text(encoding="utf8").split("\n")
+    if lines[0].strip() != "---" or "---" not in lines[1:]:
+        return {}
+    return yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)])) or {}
+
+
+def read_chapter(page: Path) -> Any:
+    """The notebook that a chapter's MyST source stands for."""
+    import jupytext
+
+    return jupytext.read(page, fmt="md:myst")

@@ -1,0 +1,187 @@
+"""The template bank: k templates, and the coefficients with which L layers mix their weights from them.
+
+The weight of layer *i* is a linear combination of k templates with its own, learned coefficients,
+``W(i) = sum_j alpha(i)_j T(j)`` (Savarese and Maire, ICLR 2019), so a group of L layers whose weights have d elements
+each holds ``k (L + d)`` parameters in place of ``L d``.
+
+Letters: L layers in a group, k templates, d elements of one layer's weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import count
+
+COEFFICIENT_INITS = ("orthogonal", "sparse", "identity", "normal")
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format of weights of so many dimensions that keeps channels together."""
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which a device's autocast, if it has one, is off; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def initial_coefficients(num_layers: int, num_templates: int, init: str = "orthogonal") -> Tensor:
+    """Draw the coefficients of a fresh bank, (L, k), from PyTorch's default generator.
+
+    - ``"orthogonal"``: `torch.nn.init.orthogonal_` on the whole matrix, as in the authors' code. For k < L the columns
+      are orthonormal and the rows are not unit vectors: their mean squared norm is k/L.
+    - ``"sparse"``: normal, with a random half of the entries zero and no row all zero (so at k = 1 none is zero).
+    - ``"identity"``: layer i starts as template i; needs k = L.
+    - ``"normal"``: normal.
+
+    The two normal ones are scaled so that a row's expected squared norm is 1.
+
+    Raises ValueError for an unknown `init`, or ``"identity"`` with k other than L.
+    """
+    if init not in COEFFICIENT_INITS:
+        raise ValueError(f"unknown init {init!r}; known: {', '.join(COEFFICIENT_INITS)}")
+    if init == "identity" and num_templates != num_layers:
+        raise ValueError(
+            f'init="identity" needs one template a layer, got {num_templates} templates for {num_layers} layers; '
+            'use "orthogonal" or "sparse", or as many templates as layers'
+        )
+    if init == "identity":
+        return torch.eye(num_layers)
+    exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    coefficients = torch.empty(num_layers, num_templates, dtype=exact)
+    if init == "orthogonal":
+        return nn.init.orthogonal_(coefficients)
+    coefficients.normal_()
+    zeros = 0
+    if init == "sparse":
+        zeros = min(num_layers * num_templates // 2, num_layers * (num_templates - 1))
+        scores = torch.rand(num_layers, num_templates)
+        scores += 2.0 * (scores == scores.amax(dim=1, keepdim=True))  # one entry of each row is out of reach
+        coefficients.view(-1)[scores.view(-1).argsort()[:zeros]] = 0.0
+    return coefficients / math.sqrt((num_layers * num_templates - zeros) / num_layers)
+
+
+class TemplateBank(nn.Module):
+    """k templates and the coefficients with which L layers mix their weights from them.
+
+    ``bank()`` returns all L weights, ``bank.mix(i)`` that of layer i (from 0).
+
+    Attributes:
+        templates: Parameter (k, d). A row holds one template in the order (first dimension, kernel dimensions, second
+            dimension) of the weight, so a convolution's mixed weight (O, I, h, w) is stored as (O, h, w, I): one matrix
+            product mixes a whole group, and channels_last weights come without a copy.
+        coefficients: Parameter (L, k). Row i is the layer's alpha(i).
+        weight_shape: the shape of one layer's weight.
+        channels_last: whether mixed weights come in channels_last memory format. It follows
+            ``model.to(memory_format=...)``, as the weights of a plain convolution do.
+        name: what the group is called in plans, plots and `banks`.
+
+    Each template starts from a normal distribution of variance 2 / fan_in (He et al. 2015), as in the authors' code.
+
+    Args:
+        num_layers: L.
+        num_templates: k.
+        weight_shape: shape of one layer's weight, such as (O, I, h, w).
+        init: "orthogonal", "sparse", "identity" or "normal"; see `initial_coefficients`.
+
+    Raises:
+        ValueError: a number below 1, an empty shape, an unknown init.
+        TypeError: something other than whole numbers.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_templates: int,
+        weight_shape: Sequence[int],
+        init: str = "orthogonal",
+        *,
+        name: str = "bank",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        count("num_layers", num_layers)
+        count("num_templates", num_templates)
+        try:
+            self.weight_shape = torch.Size(weight_shape)
+        except TypeError as error:
+            raise TypeError(f"weight_shape must be a sequence of whole numbers, got {weight_shape!r}") from error
+        if len(self.weight_shape) == 0 or min(self.weight_shape) < 1:
+            raise ValueError(f"weight_shape must have at least one dimension, each at least 1, got {weight_shape!r}")
+        self.name = name
+        self.init = init
+        self.channels_last = False
+        size = self.weight_shape.numel()
+        self.templates = nn.Parameter(torch.empty(num_templates, size, device=device, dtype=dtype))
+        self.coefficients = nn.Parameter(torch.empty(num_layers, num_templates, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw templates and coefficients anew, as a fresh bank does."""
+        size = self.weight_shape.numel()
+        fan_in = size // self.weight_shape[0] if len(self.weight_shape) > 1 else size
+        # Drawn in full precision and then converted: QR does not exist in half precision.
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.coefficients.copy_(initial_coefficients(self.num_layers, self.num_templates, self.init))
+        self.templates.copy_(torch.randn(self.num_templates, size, dtype=exact) * math.sqrt(2.0 / fan_in))
+
+    @property
+    def num_layers(self) -> int:
+        return self.coefficients.shape[0]
+
+    @property
+    def num_templates(self) -> int:
+        return self.templates.shape[0]
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight (..., *weight_shape) in the order in which templates are stored, (..., d)."""
+        lead = weight.dim() - len(self.weight_shape)
+        if tuple(weight.shape[lead:]) != tuple(self.weight_shape):
+            raise ValueError(f"expected a weight of shape {tuple(self.weight_shape)}, got {tuple(weight.shape)}")
+        if len(self.weight_shape) > 2:
+            weight = weight.movedim(lead + 1, -1)
+        return weight.reshape(*weight.shape[:lead], -1)
+
+    def shaped(self, vectors: Tensor) -> Tensor:
+        """The inverse of `stored`: (..., d) to (..., *weight_shape)."""
+        lead = vectors.shape[:-1]
+        if len(self.weight_shape) <= 2:
+            return vectors.view(*lead, *self.weight_shape)
+        first, second, *kernel = self.weight_shape
+        weight = vectors.view(*lead, first, *kernel, second).movedim(-1, len(lead) + 1)
+        return weight if self.channels_last else weight.contiguous()
+
+    def mix(self, index: int) -> Tensor:
+        """The weight of layer `index` (from 0), of shape `weight_shape`."""
+        return self.shaped(self._product(self.coefficients[index]))
+
+    def forward(self) -> Tensor:
+        """The weights of all layers, (L, *weight_shape)."""
+        return self.shaped(self._product(self.coefficients))
+
+    def _product(self, coefficients: Tensor) -> Tensor:
+        # Outside autocast: in half precision the gradients of up to L uses of a template would be added up with 8 bits.
+        with without_autocast(self.templates.device):
+            return coefficients @ self.templates
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemplateBank:
+        # `model.to(memory_format=...)` changes 4-D and 5-D parameters alone; ours are matrices, so ask `fn` what it
+        # would have done to a convolution's weight.
+        form = CHANNELS_LAST.get(len(self.weight_shape))
+        if form is not None:
+            probe = torch.empty((2,) * len(self.weight_shape), dtype=self.templates.dtype)
+            probe = probe.contiguous(memory_format=form if self.channels_last else torch.contiguous_format)
+            self.channels_last = fn(probe).is_contiguous(memory_format=form)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.name!r}, layers={self.num_layers}, templates={self.num_templates}, shape={tuple(self.weight_shape)}"
+        )

@@ -1,0 +1,77 @@
+"""Image folders and archives of them, decoded once: large ones are kept as a copy in the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import files
+from .archives import content_key, label_images, open_image, read_files
+from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
+
+SPLITS = ("train", "test")
+_CACHED_FROM = 2000  # images; fewer are read again faster than a copy is found
+
+
+def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
+    """Read an image folder or an archive of one, or its decoded copy."""
+    key = content_key(path)
+    copies = {name: files.cache_folder() / f"images-{key}-{name}.npz" for name in SPLITS}
+    kept = _read_copy(copies[split])
+    if kept and (not only or kept.classes == only):
+        return kept
+    splits = _decode(path, split, only)
+    for name, found in splits.items():
+        if len(found.labels) >= _CACHED_FROM:
+            _write_copy(copies[name], found)
+    return splits[split]
+
+
+def _decode(path: Path, needed: str, only: Sequence[str]) -> dict[str, ImageSet]:
+    """Read all splits of an image folder or archive in one pass."""
+    from tqdm import tqdm
+
+    classes, splits = label_images(path, SPLITS, [needed], only)
+    wanted = {name for labels in splits.values() for name in labels}
+    pixels: dict[str, np.ndarray] = {}
+    formats = set()
+    members = ((name, data) for name, data in read_files(path, wanted) if name in wanted)
+    for name, data in tqdm(members, f"reading {path.name}", len(wanted), unit=" files", delay=2.0, mininterval=1.0):
+        try:
+            image = open_image(data)
+            if image.size == (SIDE, SIDE):
+                pixels[name] = np.asarray(image.convert("RGB"))
+        except Exception as error:  # of many kinds, depending on the format
+            raise ValueError(f"{path}: {name} is not a readable image: {error}") from error
+        if name not in pixels:
+            raise ValueError(f"{path}: {name} is {image.width} x {image.height}, expected {SIDE} x {SIDE} pixels")
+        formats.add(image.format)
+    source = path.name
+    if classes == CIFAR10_CLASSES:
+        source = "CIFAR-10 (JPEG)" if "JPEG" in formats else "CIFAR-10 (PNG)"
+    found = {}
+    for split, labels in splits.items():
+        images = np.stack([pixels[name] for name in labels]).transpose(0, 3, 1, 2)
+        found[split] = image_set(images, np.array(list(labels.values())), classes, source)
+    return found
+
+
+def _write_copy(path: Path, found: ImageSet) -> None:
+    meta = json.dumps({"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint})
+    # No room, or a read-only place: the next reading decodes again.
+    with contextlib.suppress(OSError), files.atomic_file(path) as file:
+        np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
+
+
+def _read_copy(path: Path) -> ImageSet | None:
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            meta = json.loads(str(kept["meta"]))
+            found = image_set(kept["images"], kept["labels"], tuple(meta["classes"]), meta["source"])
+            return found if found.fingerprint == meta["fingerprint"] else None
+    except Exception:  # there is none, or it is damaged, which shows in many kinds of errors
+        return None

@@ -1,0 +1,35 @@
+"""The book's pictures: a style, still plots, and pictures that a reader moves.
+
+The pictures that move need the extra "moving": Altair for pages, ipywidgets where a kernel runs. All else needs matplotlib.
+"""
+
+from .evolution_chart import evolution
+from .folds_chart import folds
+from .mixing_chart import mixing
+from .moving import Choice, Moving, Slider
+from .plots import cost_by_templates, curves, filters, grid, plan, similarity_matrix, similarity_rows
+from .search_chart import answers_by_layer, search
+from .style import COLOURS, CYCLE, cluster_colours, ink, use_style
+
+__all__ = [
+    "COLOURS",
+    "CYCLE",
+    "Choice",
+    "Moving",
+    "Slider",
+    "answers_by_layer",
+    "cluster_colours",
+    "cost_by_templates",
+    "curves",
+    "evolution",
+    "filters",
+    "folds",
+    "grid",
+    "ink",
+    "mixing",
+    "plan",
+    "search",
+    "similarity_matrix",
+    "similarity_rows",
+    "use_style",
+]

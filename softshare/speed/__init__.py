@@ -1,0 +1,1 @@
+"""Speed: what a training step costs, measured pair by pair in one process."""

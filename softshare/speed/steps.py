@@ -1,0 +1,108 @@
+"""What the benchmark compares: training steps, each a function with a model and a stream of batches of its own."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .. import models
+from ..bank import TemplateBank
+from ..images import STATISTICS, Augmentation, ImageSet
+from ..sharing import banks
+from ..training.devices import pick_precision
+from ..training.settings import Settings
+from ..training.step import make_optimizer, train_step, try_compiled
+from ..training.tasks import Classification
+
+Call = Callable[[], object]
+
+
+def noise(images: int, device: torch.device) -> Classification:
+    """Random images of 32 x 32 and labels, on the device."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    data = ImageSet(pixels, torch.randint(10, (images,), generator=generator), tuple("0123456789"), "noise", "")
+    return Classification(data, None, Augmentation(*STATISTICS["CIFAR-10"])).to(device)
+
+
+def batches(task: Classification, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Our data path without end, whole batches alone: inputs (N, 3, 32, 32) in channels_last, targets (N,)."""
+    device, order = task.images.device, torch.Generator().manual_seed(0)
+    task = task.to(device)  # a copy, since a task keeps the draws of one epoch
+    for epoch in itertools.count(1):
+        indices = torch.randperm(task.size, generator=order).to(device).split(batch)
+        for inputs, targets in task.batches(indices[: task.size // batch], 0, epoch):
+            yield inputs.contiguous(memory_format=torch.channels_last), targets
+
+
+def ours(task: Classification, name: str, batch: int, compile: bool = False) -> Call:
+    """A training step of the named model in our way; warns where torch.compile fails."""
+    dtype, data = pick_precision("auto", task.images.device), batches(task, batch)
+    model = models.build(name).to(task.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = try_compiled(model, task, *next(data), dtype) if compile else model
+    if compile and run is model:
+        warnings.warn(f"{name} runs without torch.compile", stacklevel=2)
+    return _step(run, task, data, dtype)
+
+
+def authors(task: Classification, name: str, batch: int, workers: int, tf32: bool) -> Call:
+    """A training step of the named model in the authors' way; tf32: whether convolutions on CUDA may use it."""
+    device, load = task.images.device, partial(one_by_one, task.to(torch.device("cpu")))
+    ids, cuda = cast(Dataset[int], range(task.size)), device.type == "cuda"
+    loader = DataLoader(ids, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda, collate_fn=load)
+    data = itertools.chain.from_iterable(itertools.repeat(loader))
+    step = _step(layerwise(models.build(name)).to(device), task, data, torch.float32)
+    return torch.backends.cudnn.flags(enabled=True, benchmark=cuda, allow_tf32=tf32)(step)  # type: ignore
+
+
+def _step(model: nn.Module, task: Classification, data: Iterator[Sequence[Tensor]], dtype: torch.dtype) -> Call:
+    device = task.images.device
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as in the authors' code and in `fit`
+    optimizer = make_optimizer(model, Settings(epochs=1, rate=1e-3))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+    def step() -> None:
+        inputs, targets = (each.to(device, non_blocking=True) for each in next(data))
+        train_step(model, task, inputs, targets, optimizer, scaler, dtype)
+
+    return step
+
+
+class LayerwiseBank(TemplateBank):
+    """A bank of which each layer mixes its weight on its own, element by element, as in the authors' code."""
+
+    def mix(self, index: int) -> Tensor:
+        return (self.templates * self.coefficients[index].view(-1, 1, 1, 1, 1)).sum(0)
+
+
+def layerwise(model: nn.Module) -> nn.Module:
+    """Make each bank of a model, in place, a `LayerwiseBank` of the same weights, with templates (k, O, I, h, w)."""
+    for bank in banks(model).values():
+        bank.templates = nn.Parameter(bank.shaped(bank.templates.detach()).contiguous())
+        bank.__class__ = LayerwiseBank
+    return model
+
+
+def augment_one(pixels: np.ndarray, augmentation: Augmentation, flip: int, row: int, column: int) -> Tensor:
+    """An image (32, 32, 3) as the authors' transforms make it: flip, 4 black pixels around, crop; (1, 3, 32, 32)."""
+    image = Image.fromarray(pixels)
+    image = ImageOps.expand(ImageOps.mirror(image) if flip else image, border=4, fill=0)
+    image = image.crop((column, row, column + 32, row + 32))
+    return augmentation.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous())
+
+
+def one_by_one(task: Classification, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """A batch in a worker of the authors' loader: images (N, 3, 32, 32), labels (N,)."""
+    draws = task.augmentation.draw(len(indices), seed=int(torch.randint(2**31, ())), epoch=1).tolist()
+    pixels = task.images[indices].permute(0, 2, 3, 1).contiguous().numpy()
+    images = [augment_one(each, task.augmentation, *draw[:3]) for each, draw in zip(pixels, draws, strict=True)]
+    return torch.cat(images), task.labels[indices]

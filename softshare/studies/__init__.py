@@ -1,0 +1,29 @@
+"""The studies of the reproduction: recipes, one way from recipe to record, analyses, and tables made from records alone."""
+
+from .recipes import RECIPES, STUDIES, find_recipe, make_plan, study_of
+from .records import PROFILES, Identity, Record, find_records, read_record, runs_folder, write_record
+from .running import run, tasks_of, train, trained
+from .study import Plan, Recipe, Study, Tasks
+
+__all__ = [
+    "PROFILES",
+    "RECIPES",
+    "STUDIES",
+    "Identity",
+    "Plan",
+    "Recipe",
+    "Record",
+    "Study",
+    "Tasks",
+    "find_recipe",
+    "find_records",
+    "make_plan",
+    "read_record",
+    "run",
+    "runs_folder",
+    "study_of",
+    "tasks_of",
+    "train",
+    "trained",
+    "write_record",
+]

@@ -1,0 +1,148 @@
+"""Does a network whose layers share templates learn as well as a plain one, with fewer parameters?
+
+The rows of the poster's two CIFAR tables, with the controls that they lack: a plain WRN of the same width in the same
+trainer. One run: ``softshare run "SWRN 28-10-2*" --profile paper --seed 0``; what that costs: ``softshare list``.
+The schedule of profile "paper" is that of the authors' released code. Found so far: see the page Results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import images
+from ..images import Augmentation, ImageSet
+from ..models import Network
+from ..training.evaluation import evaluate
+from ..training.settings import Settings
+from ..training.tasks import Classification
+from .study import Plan, Recipe, Study, Tasks
+
+_PARAMETERS = "table Improved Parameter Efficiency"
+_SEARCH = "table Comparison to Neural Architecture Search"
+_BOTH = ("cifar10", "cifar100")
+_SIMILARITY = "figures of similarity and folding"
+
+
+class Cifar(Study):
+    """Wide ResNets, plain and softly shared, on CIFAR-10 and CIFAR-100."""
+
+    name = "cifar"
+    version = 1
+    defaults = {
+        "sizes": {"train": None, "held_out": 0, "test": None, "side": 32},
+        "augmentation": {"flip": True, "pad": 4, "cutout": 0},
+        "schedule": {
+            "batch_size": 128,
+            "optimizer": "sgd",
+            "rate": 0.1,
+            "milestones": [0.3, 0.6, 0.8],
+            "factor": 0.2,
+            "cycle": 0,
+            "weight_decay": 5e-4,
+            "penalty": 0.0,
+            "evaluate_every": 1,
+        },
+    }
+
+    def recipes(self) -> Sequence[Recipe]:
+        poster = ["WRN 28-10", "WRN 28-10*", "SWRN 28-10*", "SWRN 28-10-2*", "SWRN 28-14*", "SWRN 28-14-2*"]
+        poster += ["SWRN 28-18*", "SWRN 28-18-2*"]
+        found = [Recipe(name, self.name, name, _PARAMETERS, _BOTH) for name in poster]
+        for name in ("WRN 28-10", "SWRN 28-6-2", "SWRN 28-10-2", "SWRN 28-14-2"):
+            found.append(Recipe(f"{name} cutout", self.name, name, _SEARCH, ("cifar10",), cutout=16))
+        found += [
+            Recipe("WRN 28-6 cutout", self.name, "WRN 28-6", "control for SWRN 28-6-2 cutout", ("cifar10",), cutout=16),
+            Recipe("WRN 28-6", self.name, "WRN 28-6", "control for WRN 28-6 cutout", _BOTH),
+            Recipe("SWRN 28-10-2", self.name, "SWRN 28-10-2", "WRN 28-10 shared, without dropout either", _BOTH),
+            Recipe("SWRN 40-8-8", self.name, "SWRN 40-8-8", _SIMILARITY, ("cifar10",), dense_epochs=5),
+            Recipe(
+                "SWRN 40-8-8 with penalty",
+                self.name,
+                "SWRN 40-8-8",
+                f"{_SIMILARITY}, regularised; lambda is our choice for each profile",
+                ("cifar10",),
+                penalty={"fast": 2.5e-3, "gpu": 1e-4, "short": 1e-4, "paper": 1e-5},
+                dense_epochs=5,
+            ),
+        ]
+        return found
+
+    def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
+        network = Network.parse(recipe.network)
+        sizes: dict[str, Any] = dict(self.defaults["sizes"])
+        settings = Settings(
+            epochs={"fast": 8, "gpu": 10, "short": 30, "paper": 200}[profile],
+            penalty=recipe.penalty_in(profile),
+            seed=seed,
+        )
+        if profile == "fast":
+            network = network.narrowed()
+            sizes |= {"train": 2_000, "held_out": 300, "test": 1_000, "side": 16}
+            settings = replace(settings, batch_size=32, precision="float32", tf32=False)
+        if profile == "gpu":  # the seeded split of the authors' code is 90 / 10
+            network = network.narrowed(4)
+            sizes |= {"train": 45_000, "held_out": 5_000}
+        shrink = 32 // sizes["side"]
+        augmentation = {"flip": True, "pad": 4 // shrink, "cutout": recipe.cutout // shrink}
+        return Plan(recipe, profile, network, settings, sizes, augmentation)
+
+    def rehearsal(self, plan: Plan) -> Plan:
+        sizes = {**plan.sizes, "train": 300, "held_out": 100, "test": 200}
+        return replace(plan, sizes=sizes, settings=replace(plan.settings, epochs=2, batch_size=50))
+
+    def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
+        """Images to train on, to hold out, and to test on, as the plan's sizes have it, as far as there are as many.
+
+        Without `data` they are those of the recipe's first data set; profile fast alone takes the embedded digits where no
+        copy of CIFAR-10 is at hand. Digits are not mirrored.
+        """
+        train, test = self._load(plan, data, download)
+        data_facts = {"source": train.source, "fingerprint": f"{train.fingerprint[:32]} {test.fingerprint[:32]}"}
+        sizes, held_out = plan.sizes, None
+        if sizes["train"] is not None:
+            train, rest = train.split(min(sizes["train"], round(0.9 * len(train.labels))), plan.seed)
+            held_out = _at_most(rest, sizes["held_out"], plan.seed)
+        if sizes["test"] is not None:
+            test = _at_most(test, sizes["test"], plan.seed)
+        shrink = train.images.shape[-1] // sizes["side"]
+        if shrink > 1:
+            train, test = train.shrunk(shrink), test.shrunk(shrink)
+            held_out = None if held_out is None else held_out.shrunk(shrink)
+        chosen = {**plan.augmentation, "flip": plan.augmentation["flip"] and train.source != "digits"}
+        augmentation = Augmentation(*train.statistics(), **chosen)
+        return Tasks(
+            Classification(train, held_out, augmentation),
+            Classification(train, test, augmentation),
+            data_facts,
+            len(train.classes),
+        )
+
+    def _load(self, plan: Plan, name: str | None, download: bool) -> tuple[ImageSet, ImageSet]:
+        def both(name: str) -> tuple[ImageSet, ImageSet]:
+            return images.load(name, "train", download=download), images.load(name, "test", download=download)
+
+        if name is not None:
+            return both(name)
+        try:
+            return both(plan.recipe.data[0])
+        except FileNotFoundError as error:
+            if plan.profile != "fast":
+                raise FileNotFoundError(f"profile {plan.profile} needs the images of the poster: {error}") from error
+            given = os.environ.get("SOFTSHARE_DATA")
+            if given and not Path(given).expanduser().exists():
+                raise  # a mistyped name is not the same as having no images
+            return both("digits")
+
+    def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
+        return evaluate(model, tasks.test, plan.settings.precision)
+
+
+def _at_most(found: ImageSet, n: int, seed: int) -> ImageSet:
+    """`n` of the images drawn at random, or all if there are no more."""
+    return found if len(found.labels) <= n else found.split(n, seed)[0]

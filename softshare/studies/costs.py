@@ -1,0 +1,51 @@
+"""What a run will take: from its network's multiply-adds and a speed, assumed or measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..models import multiply_adds
+from ..speed.benchmark import load_benchmark
+from .study import Plan
+
+CPU_SPEED, GPU_SPEED = 55e9, 8e12
+"""Multiply-adds per second in training, for estimates. CPU: measured, one thread of a 2023 Xeon in float32 (WRN 16-4 at 47
+images/s). GPU: assumed, a quarter of what a T4 is built for in float16; not measured."""
+
+LAUNCH_SECONDS = 3e-4
+"""What a GPU needs per layer and step however small the layer; assumed, not measured."""
+
+_TRAINING_IMAGES = {"cifar": 50_000, "imagenet": 1_281_167}
+
+
+def examples_per_epoch(plan: Plan) -> int:
+    """Training examples of an epoch; of images the full data set's, where the plan takes all."""
+    return int(plan.sizes.get("train") or _TRAINING_IMAGES[plan.recipe.study])
+
+
+def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
+    """An estimate of a run's time, from its network's multiply-adds (three times forward).
+
+    Args:
+        speed: multiply-adds per second; default: `CPU_SPEED` or `GPU_SPEED`.
+    """
+    examples, epochs = examples_per_epoch(plan), plan.settings.epochs
+    forward = multiply_adds(plan.network, plan.sizes["side"])
+    seconds = 3 * forward * examples * epochs / (speed or (GPU_SPEED if gpu else CPU_SPEED))
+    if gpu and plan.network.grids:
+        steps = examples / plan.settings.batch_size * epochs
+        return max(seconds, LAUNCH_SECONDS * (plan.network.depth or 0) * steps)
+    return seconds
+
+
+def measured_speed(path: Path) -> float | None:
+    """Multiply-adds per second in training, from the record of a benchmark; None if it holds none."""
+    try:
+        record: Mapping[str, Any] = load_benchmark(path)
+        steps, forward = record["steps"], record["ceiling"]["multiply-adds an image"]
+        return 3 * float(forward) * steps["batch"] / statistics.median(steps["seconds"]["ours"])
+    except (OSError, ValueError, KeyError):
+        return None

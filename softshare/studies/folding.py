@@ -1,0 +1,108 @@
+"""What does a fold cost, at which threshold, and how much of the cost is stale BatchNorm?
+
+An analysis: it takes the record of a run and its trained network, folds it at each threshold, tests every folded network
+twice, with BatchNorm statistics kept and re-estimated, and writes a record of its own. No weight is trained.
+``softshare fold "SWRN 40-8-8" --profile paper --threshold 0.8``. Found so far: see the page Results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..folded import sweep
+from ..training.devices import pick_precision, precision_name
+from ..training.environment import environment
+from ..training.evaluation import evaluate, with_reestimated_statistics
+from .recipes import make_plan
+from .records import Identity, Record, write_record
+from .study import Tasks
+
+VERSION = 1
+THRESHOLDS = tuple(round(0.2 + 0.05 * n, 2) for n in range(17))
+
+KEPT, REESTIMATED = "statistics kept", "statistics re-estimated"
+"""The two ways to test a folded network."""
+
+_REESTIMATED_ON = 1_000  # training examples
+
+
+def measures(tasks: Tasks, seed: int = 0, precision: str = "auto") -> dict[str, Callable[[nn.Module], float]]:
+    """For each way to test a folded network a function that does so: test error in %, of grids those not exactly right."""
+    some = torch.arange(min(tasks.train.size, _REESTIMATED_ON)).split(250)
+    inputs: list[Tensor] = []
+
+    def kept(model: nn.Module) -> float:
+        found = evaluate(model, tasks.test, precision)
+        return found["error"] if "error" in found else 100.0 * (1.0 - found["exact"])
+
+    def reestimated(model: nn.Module) -> float:
+        if not inputs:
+            inputs.extend(batch.float() for batch, _ in tasks.train.batches(some, seed, 1))
+        return kept(with_reestimated_statistics(model, torch.cat(inputs), precision))
+
+    return {REESTIMATED: reestimated, KEPT: kept}
+
+
+def fold_costs(
+    record: Record,
+    model: nn.Module,
+    tasks: Tasks,
+    thresholds: Sequence[float] = THRESHOLDS,
+    runs: str | Path = "",
+) -> Record:
+    """Fold the trained network of a record at each threshold and write what each fold costs as a record of its own.
+
+    Networks are tested in the precision of the record's plan.
+
+    Its history has one row per threshold and way (see `rows_by_way`), its metrics the errors before folding and, by
+    threshold, the layers left and what the error changed by.
+    """
+    identity = Identity(
+        "folding",
+        VERSION,
+        f"fold of {record.recipe}",
+        record.profile,
+        record.seed,
+        record.network,
+        {"of": record.identity.hash, "thresholds": list(thresholds)},
+        record.identity.fingerprint,
+    )
+    precision = make_plan(record.recipe, record.profile, record.seed).settings.precision
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, Any] = {}
+    for way, measure in measures(tasks, record.seed, precision).items():
+        found = sweep(model, measure, thresholds)
+        rows += [{"way": way, **row} for row in found]
+        short = "kept" if way == KEPT else "reestimated"
+        metrics[f"{short}_before"] = found[0]["value"] - found[0]["change"]
+        for row in found:
+            metrics[f"distinct_at_{row['threshold']:g}"] = row["distinct"]
+            metrics[f"{short}_change_at_{row['threshold']:g}"] = row["change"]
+    metrics["layers"] = rows[0]["total"]
+    device = next(model.parameters()).device
+    where = environment(device) | {"precision": precision_name(pick_precision(precision, device))}
+    return write_record(identity, metrics, data=record.data, history=rows, execution=where, runs=runs)
+
+
+def rows_by_way(record: Record) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a record of `fold_costs` by the way of testing, each as `softshare.folded.sweep` returns it.
+
+    Values are test errors in %, of grids the share that is not exactly right.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in record.history:
+        found.setdefault(row["way"], []).append(row)
+    return found
+
+
+def row_at(rows: Sequence[Mapping[str, Any]], threshold: float) -> Mapping[str, Any]:
+    """The row of one threshold. Raises ValueError without it."""
+    for row in rows:
+        if row["threshold"] == threshold:
+            return row
+    raise ValueError(f"no row at threshold {threshold}; there are {[row['threshold'] for row in rows]}")

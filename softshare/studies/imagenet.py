@@ -1,0 +1,76 @@
+"""Does sharing help where images are large and classes many?
+
+The rows of the poster's ImageNet table that are ours: ``softshare run "SWRN 50-2" --data FOLDER --profile paper``. The
+poster does not give their recipe; this is the usual one for such networks. Profiles fast and gpu only try the way: small
+images, a narrow network. Found so far: nothing was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..models import Network
+from ..training.evaluation import evaluate
+from ..training.settings import Settings
+from ..training.streaming import StreamedImages
+from .study import Plan, Recipe, Study, Tasks
+
+
+class ImageNet(Study):
+    """Bottleneck networks, plain and softly shared, on folders of images that are streamed."""
+
+    name = "imagenet"
+    version = 1
+    defaults = {
+        "sizes": {"side": 224},
+        "schedule": {
+            "batch_size": 256,
+            "optimizer": "sgd",
+            "rate": 0.1,
+            "milestones": [0.3, 0.6, 0.9],
+            "factor": 0.1,
+            "cycle": 0,
+            "weight_decay": 1e-4,
+            "penalty": 0.0,
+            "evaluate_every": 1,
+        },
+    }
+
+    def recipes(self) -> Sequence[Recipe]:
+        return [Recipe(name, self.name, name, "table ImageNet") for name in ("WRN 50-2", "SWRN 50-2")]
+
+    def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
+        network, small = Network.parse(recipe.network), profile in ("fast", "gpu")
+        settings = Settings(
+            epochs={"fast": 1, "gpu": 1, "short": 10, "paper": 100}[profile],
+            batch_size=32 if profile == "fast" else 256,
+            milestones=(0.3, 0.6, 0.9),
+            factor=0.1,
+            weight_decay=1e-4,
+            penalty=recipe.penalty_in(profile),
+            seed=seed,
+        )
+        if profile == "fast":
+            settings = replace(settings, precision="float32", tf32=False)
+        return Plan(recipe, profile, network.narrowed() if small else network, settings, {"side": 64 if small else 224})
+
+    def rehearsal(self, plan: Plan) -> Plan:
+        return replace(plan, sizes={"side": 32}, settings=replace(plan.settings, epochs=1, batch_size=8))
+
+    def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
+        """Training and validation images of the folder `data`, decoded while it trains."""
+        if data is None:
+            raise ValueError(
+                f"{plan.recipe.name} streams its images from a folder with train/<class>/<file> and val/<class>/<file>; "
+                "name it with data= (--data on the command line)"
+            )
+        train = StreamedImages(data, plan.sizes["side"], held_out=None)
+        test = StreamedImages(data, plan.sizes["side"])
+        return Tasks(train, test, {"source": test.source, "fingerprint": test.fingerprint}, len(test.classes))
+
+    def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
+        return evaluate(model, tasks.test, plan.settings.precision)

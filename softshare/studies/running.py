@@ -1,0 +1,183 @@
+"""From recipe to record: the one way that commands, chapters and lists of runs take.
+
+``run("SWRN 28-10-2*", "paper", seed=0)`` trains a recipe and writes its record; a second call finds the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import files, models
+from ..training import distributed
+from ..training.checkpoints import read_checkpoint
+from ..training.devices import pick_device
+from ..training.loop import fit
+from ..training.recorder import SimilarityRecorder
+from .recipes import make_plan, study_of
+from .records import Record, read_record, record_path, write_record
+from .study import Plan, Tasks
+
+
+def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
+    """Where the checkpoints of the run with that record are kept.
+
+    In a subfolder of the record's name: of the given folder, or by default of data/checkpoints of a checkout (ignored by
+    git) or ./checkpoints.
+    """
+    folder = Path(checkpoints).expanduser() if checkpoints else files.data_folder("checkpoints")
+    return folder / record.stem
+
+
+def run(
+    name: str,
+    profile: str = "fast",
+    seed: int = 0,
+    data: str | None = None,
+    *,
+    download: bool = False,
+    rehearse: bool = False,
+    runs: str | Path = "",
+    **options: Any,
+) -> Record:
+    """The record of a run: found where it was run before, else made by `train`, which takes the same arguments."""
+    plan = make_plan(name, profile, seed, rehearse)
+    tasks = study_of(plan).tasks(plan, data, download)
+    path = record_path(study_of(plan).identity(plan, tasks.data["fingerprint"]), runs)
+    return read_record(path) if path.exists() else _train(plan, tasks, runs=runs, **options)[0]
+
+
+def train(
+    name: str,
+    profile: str = "fast",
+    seed: int = 0,
+    data: str | None = None,
+    *,
+    download: bool = False,
+    rehearse: bool = False,
+    **options: Any,
+) -> tuple[Record, nn.Module]:
+    """The record of a run and its network with the trained weights, in eval mode: trained unless both are at hand.
+
+    A run that was killed goes on from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
+    Under ``torchrun`` all its processes train together.
+
+    Args:
+        name: one of `softshare.studies.recipes.RECIPES`.
+        profile: "fast", "gpu", "short" or "paper", see `softshare.studies.records.PROFILES`.
+        seed: of weights, split, order, augmentation and dropout.
+        data: a data set by name or path, see `softshare.images.load`; for ImageNet recipes the path of a folder. Default:
+            the first one of the recipe; in profile fast CIFAR-10 where a copy is at hand, else the embedded digits.
+        download: fetch the data set if no copy is found.
+        rehearse: toy sizes, to try every step.
+        device: default: CUDA where there is one.
+        runs: folder of records, see `softshare.studies.records.runs_folder`.
+        checkpoints: see `checkpoints_folder`.
+        progress: whether to show progress.
+        checkpoint_seconds: the least time between two checkpoints.
+        again: train from the start, whatever is at hand: the record of an earlier run is replaced and its checkpoints are
+            removed; new ones are written only to a folder that is given.
+
+    Raises:
+        ValueError: an unknown recipe, profile or data set.
+        FileNotFoundError: there is no copy of the data.
+    """
+    plan = make_plan(name, profile, seed, rehearse)
+    return _train(plan, study_of(plan).tasks(plan, data, download), **options)
+
+
+def _train(
+    plan: Plan,
+    tasks: Tasks,
+    *,
+    device: str | None = None,
+    runs: str | Path = "",
+    checkpoints: str | Path = "",
+    progress: bool = True,
+    checkpoint_seconds: float = 120.0,
+    again: bool = False,
+) -> tuple[Record, nn.Module]:
+    study = study_of(plan)
+    identity = study.identity(plan, tasks.data["fingerprint"])
+    path = record_path(identity, runs)
+    folder = checkpoints_folder(path, checkpoints)
+    with distributed.process_group(pick_device(device)) as place:
+        kept = None if again and not checkpoints else folder
+        for each in filter(None, (path.parent, kept)):
+            files.writable(each)
+        if again:
+            _clear(folder)
+        elif path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                record = read_record(path)
+                return record, trained(record, checkpoints).to(place)
+        model = study.network(plan, tasks.classes)
+        similarity = SimilarityRecorder(plan.recipe.dense_epochs, per_epoch=20)
+        watchers = study.watchers(plan, tasks)
+        title = f"{plan.recipe.name} ({plan.profile}, seed {plan.seed})"
+        history = fit(
+            model, tasks.train, plan.settings, [similarity, *watchers], place, title, progress, kept, checkpoint_seconds
+        )
+        metrics: dict[str, Any] = {
+            f"last_{key}": value for key, value in history[-1].items() if key not in ("epoch", "rate", "seconds")
+        }
+        metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        metrics |= study.measure(model, plan, tasks, watchers)
+        if distributed.rank() == 0:
+            write_record(
+                identity,
+                metrics,
+                data=tasks.data,
+                config=plan.config(),
+                history=study.rows(history, watchers),
+                execution=history.execution | {"seconds": round(sum(row["seconds"] for row in history), 3)},
+                similarity=similarity,
+                runs=runs,
+            )
+        distributed.barrier()
+        return read_record(path), model
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run's own checkpoints."""
+    if distributed.rank() == 0:
+        for path in folder.glob("step-*"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    distributed.barrier()
+
+
+def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
+    """The network of a record with its trained weights, from the last checkpoint, in eval mode on the CPU.
+
+    Raises FileNotFoundError where that is not kept any more.
+    """
+    folder = checkpoints_folder(record.path, checkpoints)
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        with contextlib.suppress(ValueError):
+            _, tensors, facts = read_checkpoint(path)
+            if facts["epoch"] > len(record.history):
+                break
+    else:
+        raise FileNotFoundError(
+            f"no checkpoint of the end of {record.path.name} is in {folder}; records travel, checkpoints do not. To train "
+            "it again, move the record away and run the recipe"
+        )
+    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    classes = len(state["classifier.bias"]) if "classifier.bias" in state else None
+    model = models.build(record.network, classes)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def tasks_of(record: Record, data: str | None = None) -> Tasks:
+    """The tasks of a record's run, to test its network once more. Raises ValueError if the data here are others."""
+    plan = make_plan(record.recipe, record.profile, record.seed)
+    tasks = study_of(plan).tasks(plan, data)
+    if tasks.data != record.data:
+        raise ValueError(f"the record {record.path.name} is of {record.data}, here are {tasks.data}")
+    return tasks

@@ -1,0 +1,158 @@
+"""What a study is: its recipes, and for each of them the network, the tasks, and what is measured.
+
+Every study of the reproduction is a `Study` in a file of its own. From recipe to record there is one way,
+`softshare.studies.running.train`, which asks the study for these things in turn; chapters call them too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import models
+from ..models import Network
+from ..training.settings import Settings
+from ..training.tasks import Task
+from .records import Identity
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row or figure of the poster, or a control for one.
+
+    Attributes:
+        name: what the poster calls it.
+        study: the name of its study.
+        network: by the names of `softshare.models.build`.
+        shows: where it stands on the poster, or what it is the control for.
+        data: names of data sets that it is run on, for `softshare.images.load`; () for generated grids and for folders.
+        cutout: side of the hole at 32 x 32 pixels; 0: none.
+        penalty: lambda of the recurrence penalty; a mapping where it depends on the profile.
+        dense_epochs: number of first epochs in which similarities are recorded 20 times per epoch.
+    """
+
+    name: str
+    study: str
+    network: str
+    shows: str
+    data: tuple[str, ...] = ()
+    cutout: int = 0
+    penalty: float | Mapping[str, float] = 0.0
+    dense_epochs: int = 0
+
+    def penalty_in(self, profile: str) -> float:
+        """Lambda in a profile."""
+        return self.penalty[profile] if isinstance(self.penalty, Mapping) else self.penalty
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in one profile with one seed, everything chosen.
+
+    Attributes:
+        network: the one that is built; in profiles "fast" and "gpu" a narrow relative of the recipe's.
+        settings: schedule and execution.
+        sizes: JSON; numbers of examples, sides, phases.
+        augmentation: JSON; what is done to training images.
+    """
+
+    recipe: Recipe
+    profile: str
+    network: Network
+    settings: Settings
+    sizes: Mapping[str, Any]
+    augmentation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    def config(self) -> dict[str, dict[str, Any]]:
+        """Everything chosen but the seed, as JSON: "sizes", "augmentation", "schedule"."""
+        schedule = {name: value for name, value in self.settings.schedule().items() if name != "seed"}
+        return {"sizes": dict(self.sizes), "augmentation": dict(self.augmentation), "schedule": schedule}
+
+
+class Tasks(NamedTuple):
+    """What a plan is trained and tested on.
+
+    Attributes:
+        train: the task to train on, with held-out examples or without.
+        test: the task to test on, once, at the end.
+        data: "source" in words and "fingerprint".
+        classes: number of classes; None where there are none.
+    """
+
+    train: Task
+    test: Task
+    data: dict[str, str]
+    classes: int | None
+
+
+class Study(ABC):
+    """One study of the reproduction.
+
+    Attributes:
+        name: of the study, as records have it.
+        version: raised when the meaning of its training changes, so that older records are not taken for new ones.
+        defaults: by part of a plan ("sizes", "augmentation", "schedule") the values that are left out of identities. They
+            belong to the version: they stay as they are when a default elsewhere changes, and a setting that is added
+            later gets its old meaning written here, so that no identity changes.
+    """
+
+    name: str
+    version: int
+    defaults: Mapping[str, Mapping[str, Any]]
+
+    @abstractmethod
+    def recipes(self) -> Sequence[Recipe]:
+        """Its recipes, in the order of the poster."""
+
+    @abstractmethod
+    def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
+        """A recipe with everything chosen."""
+
+    @abstractmethod
+    def rehearsal(self, plan: Plan) -> Plan:
+        """A plan of the same kind at toy sizes: every step is executed, in seconds."""
+
+    def network(self, plan: Plan, classes: int | None = None) -> nn.Module:
+        """The network of a plan as it is before training; the default random generator is seeded for it."""
+        torch.manual_seed(plan.seed)
+        return models.build(plan.network, classes)
+
+    @abstractmethod
+    def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
+        """What a plan is trained and tested on; `data` names other data than the recipe's first."""
+
+    def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[Any]:
+        """Callbacks for `fit` that measure while it trains."""
+        return ()
+
+    @abstractmethod
+    def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
+        """Metrics of the trained network, by name; the only time that the test examples are looked at."""
+
+    def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[Any]) -> list[dict[str, Any]]:
+        """The history that is recorded: that of `fit`, with what watchers saw in each epoch."""
+        return [dict(row) for row in history]
+
+    def identity(self, plan: Plan, fingerprint: str = "") -> Identity:
+        """What decides the outcome of a plan on data of that fingerprint."""
+        chosen = {
+            part: {name: value for name, value in values.items() if not self._is_default(part, name, value)}
+            for part, values in plan.config().items()
+        }
+        chosen = {part: values for part, values in chosen.items() if values}
+        return Identity(
+            self.name, self.version, plan.recipe.name, plan.profile, plan.seed, str(plan.network), chosen, fingerprint
+        )
+
+    def _is_default(self, part: str, name: str, value: Any) -> bool:
+        defaults = self.defaults.get(part, {})
+        return name in defaults and defaults[name] == value

@@ -1,0 +1,175 @@
+"""The poster's tables beside what records hold. Reads files, never trains."""
+
+from __future__ import annotations
+
+import csv
+import html
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..files import bundled_folder
+from ..speed.benchmark import load_benchmark
+from .recipes import RECIPES, make_plan, study_of
+from .records import Record
+
+TABLES = ("cifar", "imagenet", "search")
+
+NOT_RUN = "not run"
+
+
+def paper_table(name: str) -> list[dict[str, str]]:
+    """The rows of a published table as they stand in data/paper/<name>.csv: "cifar", "imagenet" or "search".
+
+    An installed package brings its own copy of the files. Raises ValueError for an unknown table.
+    """
+    if name not in TABLES:
+        raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+    path = bundled_folder("paper") / f"{name}.csv"
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def benchmarks() -> list[dict[str, Any]]:
+    """The records of `softshare bench` that stand in data/benchmarks, by file name. Raises ValueError for a bad one."""
+    return [load_benchmark(path) for path in sorted(bundled_folder("benchmarks").glob("*.json"))]
+
+
+def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The ratios of a benchmark's record as rows of text: the median over rounds, and from least to most."""
+    rows = []
+    for name, (median, least, most) in (record["ratios"] | record["generator"]["ratios"]).items():
+        low, middle, high = (f"{float(f'{value:.3g}'):g}" for value in (least, median, most))  # 1360, not 1.36e+03
+        rows.append({"ratio": name, "median": middle, "range": f"{low} to {high}"})
+    return rows
+
+
+def measured(records: Sequence[Record], recipe: str, metric: str, data: str, digits: int = 2) -> str:
+    """What records say of one cell: mean, spread, runs, profile and data edition; "not run" without a record.
+
+    Only records of the recipe as it is planned now in profile "paper" fill a cell of the paper's schedule; shorter ones are
+    never shown in their place. Editions of a data set are told apart.
+    """
+    runs = {
+        (record.data["source"], record.identity.hash): float(record.metrics[metric])
+        for record in records
+        if record.recipe == recipe
+        and is_planned(record, "paper")
+        and record.data.get("source", "").split(" (")[0] == data
+        and metric in record.metrics
+    }
+    sources = sorted({source for source, _ in runs})
+    if len(sources) > 1:
+        parts = ([record for record in records if record.data.get("source") == source] for source in sources)
+        return "; ".join(measured(part, recipe, metric, data, digits) for part in parts)
+    if not runs:
+        return NOT_RUN
+    values = list(runs.values())
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources[0]})"
+
+
+def is_planned(record: Record, profile: str) -> bool:
+    """Whether a record is of its recipe as the recipe is planned now in that profile."""
+    if record.profile != profile or record.recipe not in RECIPES:
+        return False
+    plan = make_plan(record.recipe, profile, record.seed)
+    return record.identity == study_of(plan).identity(plan, record.identity.fingerprint)
+
+
+COLUMNS = {
+    "cifar": (
+        ("C-10", "cifar10_error", "error", "CIFAR-10"),
+        ("C-100", "cifar100_error", "error", "CIFAR-100"),
+    ),
+    "imagenet": (("top-1", "top1_error", "top1_error", "ImageNet"), ("top-5", "top5_error", "top5_error", "ImageNet")),
+    "search": (("C-10", "cifar10_error", "error", "CIFAR-10"),),
+}
+"""Of each table: the column's title, its name in the CSV file, the metric in records, and the data set."""
+
+NOT_OURS = "not part of this project"
+
+
+def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, str]]:
+    """A published table with a column "..., measured here" after each figure, filled from records alone.
+
+    Raises ValueError for an unknown table.
+    """
+    rows = []
+    for row in paper_table(name):
+        cells = {"model": row["model"], "parameters (millions)": row["parameters_millions"]}
+        cells |= {"GPU days, poster": row["gpu_days"]} if "gpu_days" in row else {}
+        for title, column, metric, data in COLUMNS[name]:
+            cells[f"{title}, poster"] = row[column]
+            known = row["model"] in RECIPES
+            cells[f"{title}, measured here"] = measured(records, row["model"], metric, data) if known else NOT_OURS
+        rows.append(cells)
+    return rows
+
+
+def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Our CIFAR recipes that no published table has a row for: the controls, and the network of the similarity figures."""
+    published = {row["model"] for name in TABLES for row in paper_table(name)}
+    rows = []
+    for name, recipe in RECIPES.items():
+        if recipe.study == "cifar" and name not in published:
+            cells = {"model": name, "what for": recipe.shows}
+            for title, _, metric, data in COLUMNS["cifar"]:
+                run = data.lower().replace("-", "") in recipe.data
+                cells[f"{title}, measured here"] = measured(records, name, metric, data) if run else NOT_OURS
+            rows.append(cells)
+    return rows
+
+
+def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
+    """The share of grids that each network of the curriculum solves at the end of each phase, beside the rectangle rule."""
+    names = [name for name, recipe in RECIPES.items() if recipe.study == "paths"]
+    phases = {f"phase {number}": number for number in range(1, 6)}
+    data = "shortest paths, generated"
+    rows = [
+        {"network": name}
+        | {phase: measured(records, name, f"phase{number}_exact", data, 3) for phase, number in phases.items()}
+        for name in names
+    ]
+    rule = {"network": "rectangle rule"}
+    for phase, number in phases.items():
+        found = {measured([record], record.recipe, f"rule{number}_exact", data, 3) for record in records} - {NOT_RUN}
+        rule[phase] = sorted(found)[0].split(" ")[0] if found else NOT_RUN
+    return [*rows, rule]
+
+
+def as_text(rows: Sequence[Mapping[str, str]], caption: str) -> str:
+    """Rows of text as a table for a terminal; keys are the header."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [{name: name for name in widths}, {name: "-" * width for name, width in widths.items()}, *rows]
+    return "\n".join(
+        [caption, *("  ".join(row[name].ljust(width) for name, width in widths.items()).rstrip() for row in lines)]
+    )
+
+
+def as_html(rows: Sequence[Mapping[str, str]], caption: str) -> str:
+    """Rows of text as an HTML table with a caption; keys are the header."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rows[0])
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{html.escape(value)}</th>' if place == 0 else f"<td>{html.escape(value)}</td>"
+            for place, value in enumerate(row.values())
+        )
+        + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<table class="docutils">\n<caption>{html.escape(caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    )
+
+
+def finding(text: str, title: str = "What we measured") -> str:
+    """A box of HTML for numbers that a notebook computed; reads well in the book, in JupyterLab and on Colab.
+
+    Args:
+        text: plain text; paragraphs are separated by empty lines.
+    """
+    paragraphs = "".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in text.strip().split("\n\n"))
+    head = f'<p class="admonition-title"><strong>{html.escape(title)}</strong></p>'
+    return f'<div class="admonition tip measured">{head}{paragraphs}</div>'

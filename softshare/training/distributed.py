@@ -1,0 +1,144 @@
+"""Several processes, one device each, by PyTorch's own engine: started by ``torchrun``, which restarts them after a fault.
+
+Nothing here is needed with one process: every function then says so at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Disagreement(RuntimeError):
+    """Processes that train together were given, or have found, different things."""
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started, from 0; 0 writes and speaks for all."""
+    return dist.get_rank() if _running() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return dist.get_world_size() if _running() else 1
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did, for the time of a ``with`` block; yields the own device.
+
+    Under torchrun ``cuda`` becomes the GPU of the process's local rank, with nccl between them; on a CPU it is gloo. A group
+    that exists already is used and left alone.
+    """
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 or _running()
+    if together and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    ours = together and not _running()
+    if ours:
+        _init("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _init(backend: str) -> None:
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        dist.init_process_group(backend)
+        return
+    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses where nobody listens any
+    # more (pytorch/pytorch issue 135712), so keys get a prefix. On several machines the counts differ; there,
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun helps.
+    store, number, processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
+
+
+def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DistributedDataParallel, which averages gradients; the model itself with one process."""
+    if world_size() == 1:
+        return model
+    # Buffers are agreed on at the end of each epoch, so they need not be sent at every step.
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def own_part(indices: Tensor) -> tuple[Tensor, float]:
+    """This process's examples of a global batch, and the weight of their mean loss in the mean over processes.
+
+    With the weight, the average over processes is the mean over the global batch whatever its size. A process that would
+    go empty takes one example with weight 0, since all have to take part in every step.
+    """
+    if world_size() == 1:
+        return indices, 1.0
+    part = indices[rank() :: world_size()]
+    if not len(part):
+        return indices[:1], 0.0
+    return part, len(part) * world_size() / len(indices)
+
+
+def average_(values: Tensor) -> Tensor:
+    """Replace values by their mean over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def agree(what: str, *numbers: int) -> None:
+    """Raise Disagreement, a RuntimeError, in all processes unless all of them give the same numbers."""
+    if world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        values = torch.tensor([*numbers, *(-number for number in numbers)], device=device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        largest, smallest = values[: len(numbers)], -values[len(numbers) :]
+        if not torch.equal(largest, smallest):
+            raise Disagreement(
+                f"the processes that train together do not agree on {what}: {numbers} in process {rank()}, from "
+                f"{smallest.tolist()} to {largest.tolist()} over all. Do all of them see the same folder of checkpoints, "
+                "and run on machines of one kind?"
+            )
+
+
+def all_of(own: bool) -> bool:
+    """Whether something holds in every process."""
+    if world_size() == 1:
+        return own
+    answer = torch.tensor(int(own), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def gathered(own: Any) -> list[Any]:
+    """What each process gives, by rank, in all of them."""
+    if world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def agree_on_buffers(model: nn.Module) -> None:
+    """Give every process the buffers (BatchNorm statistics) of process 0."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def barrier() -> None:
+    """Wait until all processes have come this far."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,49 @@
+"""What a network scores on held-out examples, and BatchNorm statistics that fit the weights that it has now."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from .devices import autocast, pick_precision
+from .tasks import Task
+
+
+def evaluate(model: nn.Module, task: Task, precision: str = "auto") -> dict[str, float]:
+    """Metrics of the task's held-out examples, in eval mode, on the model's device; every module's mode is restored.
+
+    `precision` is as in `Settings`, with the same default, so that a network is scored as it was trained.
+    """
+    device = next(model.parameters()).device
+    dtype = pick_precision(precision, device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+
+    def predict(inputs: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return model(inputs).float()  # type: ignore[no-any-return]
+
+    try:
+        with torch.inference_mode():
+            return task.to(device).evaluate(predict)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def with_reestimated_statistics(
+    model: nn.Module, inputs: Tensor, precision: str = "auto", batch: int = 250
+) -> nn.Module:
+    """A copy in eval mode whose BatchNorm statistics are re-estimated on inputs (N, ...), on the model's device.
+
+    Running statistics follow the weights with a delay, so at a high rate scores jump from epoch to epoch; and after a fold
+    they describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples.
+    """
+    model = copy.deepcopy(model)
+    device = next(model.parameters()).device
+    with autocast(device, pick_precision(precision, device)):
+        update_bn((some.to(device) for some in inputs.split(batch)), model)
+    return model.eval()

@@ -1,0 +1,322 @@
+"""The training loop: one for every task, with progress, checkpoints, and several devices under torchrun."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .checkpoints import ForeignCheckpoint, RunFolder, load_optimizer_tensors, optimizer_tensors
+from .devices import convolution_kernels, pick_device, pick_precision
+from .environment import Execution
+from .evaluation import evaluate
+from .progress import Progress
+from .recorder import SimilarityRecorder
+from .settings import Settings
+from .step import Stepper
+from .tasks import Task
+
+Callback = Callable[[nn.Module, int], None]
+
+
+class History(list[dict[str, float]]):
+    """What `fit` returns: a list of one dict per epoch.
+
+    Attributes:
+        execution: how the run was carried out, see `softshare.training.environment.Execution.record`.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, float]], execution: dict[str, Any]) -> None:
+        super().__init__(rows)
+        self.execution = execution
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    settings: Settings,
+    callbacks: Sequence[Callback | SimilarityRecorder] = (),
+    device: str | torch.device | None = None,
+    title: str = "",
+    progress: bool = True,
+    checkpoints: str | Path | None = None,
+    checkpoint_seconds: float = 120.0,
+) -> History:
+    """Train a model in place.
+
+    With `checkpoints`, a run that was killed goes on where its newest checkpoint left it, and in one process on a CPU ends
+    with the same weights, bit for bit, as one that never was. (Among several processes dropout goes on with other random
+    numbers.) Under ``torchrun`` every process calls this with the same arguments: a batch is divided among them, gradients
+    are averaged by DistributedDataParallel, process 0 writes and speaks for all.
+
+    Args:
+        model: moved to the device, and left there in eval mode.
+        task: `softshare.training.tasks.Classification`, `ShortestPaths`, or another `Task`.
+        settings: see `Settings`.
+        callbacks: functions called as ``callback(model, epoch)`` before the first epoch (with 0) and after each, or
+            `SimilarityRecorder` instances. What one knows travels in checkpoints if it has, as the recorder does,
+            ``state_dict()`` and ``load_state_dict(state)`` for a dict of tensors.
+        device: default: CUDA where there is one.
+        title: what the progress display calls the run.
+        progress: whether to show epoch, loss, metrics, examples per second and time left: as a bar on a terminal, as plain
+            lines elsewhere.
+        checkpoints: a folder for this run's checkpoints, of which the newest two are kept; None: none are written.
+        checkpoint_seconds: the least time between two; 0: after every step. The end is always kept.
+
+    Returns:
+        One dict per epoch: epoch (from 1), rate, loss (mean over the epoch's examples, penalty included), seconds,
+        examples_per_second, and where the epoch was evaluated the task's metrics as "held_out_...".
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the message names step, rate and last good checkpoint.
+        ForeignCheckpoint: a ValueError; the folder holds only checkpoints of other runs.
+        NoSuchDevice: a RuntimeError; CUDA was asked for where there is none.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(settings, Settings):
+        raise TypeError(
+            f"fit takes a torch.nn.Module and Settings, got {type(model).__name__}, {type(settings).__name__}"
+        )
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds must be at least 0, got {checkpoint_seconds}")
+    with distributed.process_group(pick_device(device)) as place, convolution_kernels(place, settings.tf32):
+        folder = None if checkpoints is None else Path(checkpoints).expanduser()
+        run = _Run(model, task.to(place), settings, callbacks, place, folder, checkpoint_seconds)
+        run.display = Progress(title, settings.epochs, task.size, progress and distributed.rank() == 0)
+        try:
+            return run.train()
+        finally:
+            run.display.close()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class _Losses:
+    """The losses of an epoch's steps: kept on the device, and looked at now and then, since a look makes the device wait."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.values = torch.zeros(steps, device=device)
+        self.checked = 0  # steps whose losses are known to be finite, and are averaged over processes
+        # Processes wait for one another at each look, too.
+        self.every = 50 if device.type == "cuda" else 10 if distributed.world_size() > 1 else 1
+
+    def look(self, done: int) -> list[float]:
+        """Average the losses since the last look, up to step `done`, over processes; returns them."""
+        latest = distributed.average_(self.values[self.checked : done])
+        self.checked = done
+        return latest.tolist()  # type: ignore[no-any-return]
+
+    def mean(self, sizes: Tensor) -> float:
+        """Over the epoch's examples, given the size of each step's batch."""
+        return float((self.values.cpu().double() * sizes).sum() / sizes.sum())
+
+
+class _Run:
+    """One call of `fit`: everything that a checkpoint holds, and how it changes."""
+
+    display: Progress
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Settings,
+        callbacks: Sequence[Callback | SimilarityRecorder],
+        device: torch.device,
+        folder: Path | None,
+        pause: float,
+    ) -> None:
+        self.model, self.task, self.settings, self.device = model, task, settings, device
+        self.callbacks = list(callbacks)
+        self.dtype = pick_precision(settings.precision, device)
+        distributed.agree("the precision", torch.finfo(self.dtype).bits, int(self.dtype is torch.bfloat16))
+        self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
+        model.to(device=device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stepper = Stepper(model, task, settings, device, self.dtype)
+        if settings.compile is None:
+            self.stepper.wanted = device.type == "cuda" and self.steps * settings.epochs >= 1000
+        self.execution = Execution(device, self.dtype, settings)
+        self.order = torch.Generator().manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
+        self.folder = RunFolder(folder, self._identity(), pause)
+        self.epoch, self.step = 1, 0  # the epoch that goes on, and its steps done
+        self.losses = _Losses(self.steps, device)
+        self.seconds = 0.0  # spent on the epoch
+        self.history: list[dict[str, float]] = []
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with this run to be taken up: whatever decides the outcome."""
+        shapes = [f"{name} {tuple(value.shape)}" for name, value in self.model.state_dict().items()]
+        return {
+            "model": _digest(str(self.model), *shapes),  # a model's text has what its weights have not, such as dropout
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "examples": self.task.size,
+            "data": _digest(self.task.identity()),
+            "callbacks": [type(callback).__name__ for callback in self.callbacks if hasattr(callback, "state_dict")],
+            **self.settings.schedule(),
+        }
+
+    @property
+    def total_steps(self) -> int:
+        return (self.epoch - 1) * self.steps + self.step
+
+    def train(self) -> History:
+        resumed = self._resume()
+        distributed.agree("the epoch and step to go on at", self.epoch, self.step)
+        if not resumed:
+            self._call(0)
+        elif self.epoch > self.settings.epochs:
+            self.display.say(f"finished already: {self.folder.last_good}")
+        while self.epoch <= self.settings.epochs:
+            task, rate = self.task.at(self.epoch), self.settings.rate_of(self.epoch - 1)
+            self._train_epoch(task, rate)
+            self._end_epoch(task, rate)
+            if self.folder.due() or (self.folder.folder and self.epoch > self.settings.epochs):
+                self._save(0.0)
+        self.model.eval()
+        return History(self.history, self.execution.record())
+
+    def _train_epoch(self, task: Task, rate: float) -> None:
+        started = time.perf_counter()
+        self.stepper.set_rate(rate)
+        self.model.train()
+        for inputs, targets, weight in self._batches(task):
+            self.losses.values[self.step] = self.stepper(inputs, targets, weight)
+            self.step += 1
+            self._snapshots()
+            self.display.add(min(self.settings.batch_size, task.size - (self.step - 1) * self.settings.batch_size))
+            if self.step % self.losses.every == 0 and self.step < self.steps:
+                self._check(rate)
+                if self.folder.due():
+                    self._save(self.seconds + time.perf_counter() - started)
+        self._check(rate)
+        self.seconds += time.perf_counter() - started
+
+    def _batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """What is left of the epoch: inputs and targets of this process, and the weight of their mean loss."""
+        self.order_before = self.order.get_state()
+        order = torch.randperm(task.size, generator=self.order).to(self.device).split(self.settings.batch_size)
+        parts, weights = zip(*(distributed.own_part(indices) for indices in order[self.step :]), strict=True)
+        for (inputs, targets), weight in zip(task.batches(parts, self.settings.seed, self.epoch), weights, strict=True):
+            yield inputs, targets, weight
+
+    def _snapshots(self) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, SimilarityRecorder) and callback.due(self.epoch, self.step, self.steps):
+                callback.record(self.model, self.epoch - 1 + self.step / self.steps)
+
+    def _end_epoch(self, task: Task, rate: float) -> None:
+        settings, epoch = self.settings, self.epoch
+        self.execution.now["compiled"] = self.stepper.outcome
+        sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64)
+        sizes[-1] = task.size - settings.batch_size * (self.steps - 1)
+        row = {
+            "epoch": float(epoch),
+            "rate": rate,
+            "loss": self.losses.mean(sizes),
+            "seconds": self.seconds,
+            "examples_per_second": task.size / self.seconds,
+        }
+        distributed.agree_on_buffers(self.model)
+        if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
+            metrics = evaluate(self.model, task, settings.precision)
+            row |= {f"held_out_{name}": value for name, value in metrics.items()}
+        self.history.append(row)
+        self._call(epoch)
+        self.display.epoch(row)
+        self.epoch, self.step, self.losses.checked, self.seconds = epoch + 1, 0, 0, 0.0
+        self.order_before = self.order.get_state()
+
+    def _call(self, epoch: int) -> None:
+        for callback in self.callbacks:
+            (callback.record if isinstance(callback, SimilarityRecorder) else callback)(self.model, epoch)
+
+    def _check(self, rate: float) -> None:
+        """Look at the latest losses and stop if one is not finite."""
+        first = self.losses.checked + 1
+        values = self.losses.look(self.step)
+        for place, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss became {value} at step {place} of {self.steps} in epoch {self.epoch} of "
+                    f"{self.settings.epochs} at rate {rate:g} in {self.execution.now['precision']}; {self.folder.told()}. "
+                    'Lower the rate, or try precision="float32"'
+                )
+        if values:
+            self.display.look(self.epoch, values[-1])
+
+    def _save(self, seconds: float) -> None:
+        self.folder.touch()
+        if distributed.rank() > 0 or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            return  # the weights left the finite numbers: the next loss will tell
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.stepper.optimizer).items()}
+        tensors |= {"order": self.order_before, "losses": self.losses.values, "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for number, callback in enumerate(self.callbacks):
+            if hasattr(callback, "state_dict"):
+                tensors |= {f"callback.{number}.{name}": value for name, value in callback.state_dict().items()}
+        self.execution.now["compiled"] = self.stepper.outcome
+        facts = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": seconds,
+            "history": self.history,
+            "scaler": self.stepper.scaler.state_dict(),
+            "execution": self.execution.states(),
+        }
+        self.folder.save(self.total_steps, tensors, facts)
+
+    def _resume(self) -> bool:
+        """Take up the newest checkpoint, if there is one."""
+        found = self.folder.newest()
+        if found is None:
+            return False
+        path, tensors, facts = found
+        try:
+            self._restore(tensors, facts)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ForeignCheckpoint(f"{path} does not hold what this run needs: {error}") from error
+        self.folder.last_good = path
+        self.display.begin_at((self.epoch - 1) * self.task.size + self.step * self.settings.batch_size)
+        self.display.say(f"going on at epoch {self.epoch}, step {self.step + 1}, from {path}")
+        return True
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        load_optimizer_tensors(self.stepper.optimizer, part("optimizer."))
+        if facts["scaler"] and self.stepper.scaler.is_enabled():
+            self.stepper.scaler.load_state_dict(facts["scaler"])
+        self.order.set_state(tensors["order"])
+        self.losses.values.copy_(tensors["losses"])
+        for number, callback in enumerate(self.callbacks):
+            if hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(part(f"callback.{number}."))
+        self.epoch, self.step, self.seconds = facts["epoch"], facts["step"], facts["seconds"]
+        self.losses.checked, self.history = self.step, facts["history"]
+        if not 0 <= self.step < self.steps or len(self.history) != self.epoch - 1:
+            raise ValueError(f"epoch {self.epoch}, step {self.step}, {len(self.history)} epochs of history")
+        if self.epoch <= self.settings.epochs:
+            self.execution.follow(facts["execution"])
+        else:  # nothing is left to be done here: the record tells who did it
+            *self.execution.earlier, self.execution.now = facts["execution"]
+        if distributed.rank() == 0:
+            torch.set_rng_state(tensors["random.cpu"])
+            if self.device.type == "cuda" and "random.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        else:  # only process 0's state is kept; the others' dropout goes on with numbers of its own
+            torch.manual_seed(self.settings.seed + 1_000_003 * distributed.rank() + self.total_steps)

@@ -1,0 +1,103 @@
+"""How to train: the schedule, which decides the outcome, and the execution, which decides how fast it comes."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..arguments import count
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What decides the outcome of a training. The defaults are those of the authors' released code for CIFAR.
+
+    Attributes:
+        epochs: passes over the training examples; 200 in the authors' code, no default here.
+        batch_size: examples per step, over all devices; the last, smaller batch of an epoch is kept.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
+        rate: learning rate at the start.
+        milestones: fractions of `epochs`, or of `cycle`, after which the rate is multiplied by `factor`.
+        factor: see `milestones`.
+        cycle: epochs after which the rates begin again, as at each phase of a curriculum; 0: never.
+        weight_decay: on everything but coefficients, see `softshare.decay_groups`.
+        penalty: lambda of the recurrence penalty that is added to the loss.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        seed: of the order of examples, augmentation and dropout. The model's own initialisation is the caller's.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    rate: float = 0.1
+    milestones: Sequence[float] = (0.3, 0.6, 0.8)
+    factor: float = 0.2
+    cycle: int = 0
+    weight_decay: float = 5e-4
+    penalty: float = 0.0
+    evaluate_every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "evaluate_every", "cycle"):
+            value = getattr(self, name)
+            never = name == "cycle" and value == 0 and isinstance(value, int) and not isinstance(value, bool)
+            object.__setattr__(self, name, 0 if never else count(name, value))
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        for name in ("rate", "factor", "penalty", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in ("rate", "factor")):
+                least = "above 0" if name in ("rate", "factor") else "at least 0"
+                raise ValueError(f"{name} must be finite and {least}, got {value}")
+        if isinstance(self.milestones, str) or not all(isinstance(each, numbers.Real) for each in self.milestones):
+            raise TypeError(f"milestones must be fractions of the epochs, such as (0.3, 0.6), got {self.milestones!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "milestones", tuple(float(each) for each in self.milestones))
+
+    def schedule(self) -> dict[str, Any]:
+        """The fields of the schedule alone, as JSON has them."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(Schedule)}
+        return chosen | {"milestones": list(self.milestones)}
+
+    def rate_of(self, epoch: int) -> float:
+        """The learning rate of an epoch (from 0): a step schedule, begun again after each `cycle`."""
+        length = self.cycle or self.epochs
+        place = epoch % length if self.cycle else epoch
+        passed = sum(place >= max(1, round(fraction * length)) for fraction in self.milestones)
+        return self.rate * self.factor**passed
+
+
+@dataclass(frozen=True)
+class Settings(Schedule):
+    """How to train: a `Schedule`, and the execution, which changes speed and rounding alone.
+
+    Attributes:
+        precision: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device has units for it, else float16 on
+            CUDA (with a gradient scaler) and float32 on a CPU.
+        tf32: whether convolutions in float32 on CUDA may round their inputs to TF32, as PyTorch does by default.
+        channels_last: whether to keep activations and weights in channels_last memory format.
+        compile: whether to run the model through torch.compile, which takes a minute or two before the first step; None: on
+            CUDA, for runs of at least 1,000 steps. Where it fails, a warning says so and training goes on without it.
+    """
+
+    precision: str = "auto"
+    tf32: bool = True
+    channels_last: bool = True
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")

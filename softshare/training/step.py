@@ -1,0 +1,158 @@
+"""One step of training: forward, loss, penalty, backward, optimizer; and how it is compiled."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sharing import decay_groups
+from ..similarity import recurrence_penalty
+from . import distributed
+from .devices import autocast
+from .settings import Schedule, Settings
+from .tasks import Task
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or Adam, with no weight decay on coefficients."""
+    groups = decay_groups(model, schedule.weight_decay)
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=schedule.rate)
+    return torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=True)
+
+
+def train_step(
+    model: nn.Module,
+    task: Task,
+    inputs: Tensor,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype,
+    penalty: float = 0.0,
+    weight: float = 1.0,
+) -> Tensor:
+    """One step of the optimizer on one batch; returns the loss, penalty included, detached and still on the device.
+
+    `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`.
+    """
+    with autocast(inputs.device, dtype):
+        outputs = model(inputs)
+    loss = task.loss(outputs.float(), targets)
+    if weight != 1.0:
+        loss = loss * weight
+    if penalty:
+        loss = loss + penalty * recurrence_penalty(model)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach()
+
+
+class Stepper:
+    """The steps of one training: the model as it is called, its optimizer, its gradient scaler.
+
+    Attributes:
+        wanted: whether the model shall run through torch.compile.
+        outcome: what became of that, for a record: False (not wanted), True, or that it failed. All processes decide
+            together, at the first step.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, settings: Settings, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.model, self.task, self.device, self.dtype = model, task, device, dtype
+        self.penalty, self.channels_last = settings.penalty, settings.channels_last
+        self.full = min(task.size, settings.batch_size)  # examples of a full batch, over all processes
+        self.optimizer = make_optimizer(model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self.wanted = bool(settings.compile)
+        self.outcome: bool | str = False
+        self.module: nn.Module | None = None
+
+    def set_rate(self, rate: float) -> None:
+        """Take steps of this learning rate from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def __call__(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Tensor:
+        """`train_step` on a batch."""
+        if self.module is None:
+            self.module = self._called()
+        inputs = self._laid_out(inputs)
+        return train_step(
+            self.module, self.task, inputs, targets, self.optimizer, self.scaler, self.dtype, self.penalty, weight
+        )
+
+    def _laid_out(self, inputs: Tensor) -> Tensor:
+        if self.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def _called(self) -> nn.Module:
+        module = self.model
+        if self.wanted:
+            # A full batch, also where a run goes on right before an epoch's last, smaller one.
+            indices, _ = distributed.own_part(torch.arange(self.full, device=self.device))
+            inputs, targets = self.task.batch(indices, 0, 1)
+            inputs = self._laid_out(inputs)
+            compiled = try_compiled(self.model, self.task, inputs, targets, self.dtype)
+            # Before any gradient is exchanged: a process that failed alone would leave the others waiting for it.
+            worked = distributed.all_of(compiled is not self.model)
+            self.outcome = worked or "failed, so it ran without"
+            if worked:
+                module = FullBatchesCompiled(self.model, compiled, inputs.shape)
+            elif compiled is not self.model:
+                warnings.warn("torch.compile failed in another process, so no process uses it", stacklevel=2)
+        return distributed.wrapped(module, self.device)
+
+
+class FullBatchesCompiled(nn.Module):
+    """A model that runs compiled on inputs of one shape and as it is on others, such as an epoch's last, smaller batch.
+
+    The compiler would otherwise start again for each new shape, minutes into the training and outside of its trial.
+    """
+
+    def __init__(self, model: nn.Module, compiled: nn.Module, shape: torch.Size) -> None:
+        super().__init__()
+        self.model, self.shape = model, shape
+        self.runs: tuple[Any] = (compiled,)  # in a tuple, lest its parameters are registered twice
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        run = self.runs[0] if inputs.shape == self.shape else self.model
+        return run(inputs)  # type: ignore[no-any-return]
+
+
+def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> nn.Module:
+    """``torch.compile(model)``, tried on one batch, forward and backward; with a warning the model itself if it fails.
+
+    Leaves gradients empty, and statistics and random numbers as they were. After an error of CUDA itself nothing runs any
+    more, so that one is raised.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    cuda = [inputs.device] if inputs.device.type == "cuda" else []
+    compiled: nn.Module = model
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+            with autocast(inputs.device, dtype):
+                outputs = compiled(inputs)
+            task.loss(outputs.float(), targets).backward()
+        except Exception as error:  # compilers fail in many ways
+            if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
+                raise
+            reason = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training goes on without it, slower",
+                stacklevel=2,
+            )
+            compiled = model
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    model.zero_grad(set_to_none=True)
+    return compiled

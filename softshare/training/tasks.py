@@ -1,0 +1,177 @@
+"""What `softshare.training.fit` trains on: images to classify, grids to solve, a curriculum of grids."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..images import Augmentation, ImageSet
+from ..shortest_path import Grids, scores_beside_the_rule
+
+Predict = Callable[[Tensor], Tensor]
+
+
+class Task(ABC):
+    """Examples, their loss and an evaluation; what other kinds of data derive from.
+
+    Attributes:
+        size: number of training examples of an epoch.
+    """
+
+    size: int
+
+    def to(self, device: torch.device) -> Task:
+        """The same task with its data on a device."""
+        return self
+
+    def at(self, epoch: int) -> Task:
+        """The task of an epoch (from 1); another one where the data changes over training."""
+        return self
+
+    def identity(self) -> str:
+        """What tells these training examples, and what is done to them, from others; "" where nothing does."""
+        return str(getattr(self, "fingerprint", ""))
+
+    @abstractmethod
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of some training examples; the same for seed, epoch and index whatever the batch."""
+
+    def batches(self, order: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, each given by the indices of its examples, in turn."""
+        for indices in order:
+            yield self.batch(indices, seed, epoch)
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss over a batch, a scalar."""
+
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        """Metrics on held-out examples, given a function from inputs to float32 outputs; {} where none are held out."""
+        return {}
+
+
+class Classification(Task):
+    """Images and labels; cross-entropy; evaluation gives loss, accuracy and error (both in %).
+
+    Args:
+        train: the images to train on.
+        held_out: the images to evaluate on; None: no evaluation.
+        augmentation: of training images; default: the authors' (flip, 4 pixels of padding and crop), no cutout.
+    """
+
+    def __init__(
+        self, train: ImageSet, held_out: ImageSet | None = None, augmentation: Augmentation | None = None
+    ) -> None:
+        if held_out is not None and train.classes != held_out.classes:
+            raise ValueError(f"the two splits have different classes: {train.classes} and {held_out.classes}")
+        self.augmentation = augmentation or Augmentation(*train.statistics())
+        self.images, self.labels = train.images, train.labels
+        self.held_out = None if held_out is None else (held_out.images, held_out.labels)
+        self.size, self.fingerprint = len(train.labels), train.fingerprint
+        self._drawn: tuple[tuple[int, int], Tensor] | None = None
+
+    def to(self, device: torch.device) -> Classification:
+        moved = object.__new__(Classification)
+        moved.__dict__.update(self.__dict__)
+        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        if self.held_out is not None:
+            moved.held_out = self.held_out[0].to(device), self.held_out[1].to(device)
+        moved._drawn = None
+        return moved
+
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        if self._drawn is None or self._drawn[0] != (seed, epoch):
+            draws = self.augmentation.draw(self.size, seed, epoch, self.images.shape[-1]).to(self.images.device)
+            self._drawn = (seed, epoch), draws
+        return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
+
+    def identity(self) -> str:
+        return f"{self.fingerprint} {self.augmentation}"
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        images, labels = self.held_out
+        loss, right = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+        for some, chunk in zip(images.split(500), labels.split(500), strict=True):
+            logits = predict(self.augmentation.normalise(some))
+            loss += F.cross_entropy(logits, chunk, reduction="sum")
+            right += (logits.argmax(1) == chunk).sum()
+        accuracy = 100.0 * float(right) / len(labels)
+        return {"loss": float(loss) / len(labels), "accuracy": accuracy, "error": 100.0 - accuracy}
+
+
+class ShortestPaths(Task):
+    """Grids and their path pixels; binary cross-entropy a pixel; evaluation gives the loss and the scores of
+    `softshare.shortest_path.scores_beside_the_rule`.
+
+    Args:
+        train, held_out: from `softshare.shortest_path.generate`; None: no evaluation.
+    """
+
+    def __init__(self, train: Grids, held_out: Grids | None = None) -> None:
+        self.train, self.held_out = train, held_out
+        self.size = len(train.distances)
+
+    def to(self, device: torch.device) -> ShortestPaths:
+        held_out = None if self.held_out is None else Grids(*(t.to(device) for t in self.held_out))
+        return ShortestPaths(Grids(*(t.to(device) for t in self.train)), held_out)
+
+    def identity(self) -> str:
+        return hashlib.sha256(self.train.inputs.cpu().numpy()).hexdigest()  # type: ignore[arg-type]
+
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        return self.train.inputs[indices].float(), self.train.targets[indices].float()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs, targets)
+
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        logits = torch.cat([predict(inputs.float()) for inputs in self.held_out.inputs.split(250)])
+        loss = F.binary_cross_entropy_with_logits(logits, self.held_out.targets.float())
+        return {"loss": float(loss), **scores_beside_the_rule(logits > 0, self.held_out)}
+
+
+class Curriculum(Task):
+    """`ShortestPaths` tasks in turn, each for the same number of epochs; the last one stays.
+
+    Args:
+        phases: tasks of equal size.
+        epochs: epochs a phase.
+
+    Raises ValueError without phases or with phases of different sizes.
+    """
+
+    def __init__(self, phases: Sequence[ShortestPaths], epochs: int) -> None:
+        if len({phase.size for phase in phases}) != 1:
+            raise ValueError(f"a curriculum needs phases of one size, got {[phase.size for phase in phases]}")
+        self.phases, self.epochs = list(phases), epochs
+        self.size = self.phases[0].size
+
+    def to(self, device: torch.device) -> Curriculum:
+        return Curriculum([phase.to(device) for phase in self.phases], self.epochs)
+
+    def identity(self) -> str:
+        return " ".join([str(self.epochs), *(phase.identity() for phase in self.phases)])
+
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        return self.at(epoch).batch(indices, seed, epoch)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.phases[0].loss(outputs, targets)
+
+    def at(self, epoch: int) -> ShortestPaths:
+        return self.phases[min(max(0, epoch - 1) // self.epochs, len(self.phases) - 1)]
+
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        return self.phases[-1].evaluate(predict)

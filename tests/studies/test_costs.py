@@ -1,0 +1,34 @@
+"""Costs follow from multiply-adds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from softshare.studies import costs, make_plan
+
+
+def test_a_longer_schedule_costs_in_proportion():
+    short, paper = (costs.expected_seconds(make_plan("WRN 28-10", profile), gpu=True) for profile in ("short", "paper"))
+    assert paper / short == pytest.approx(200 / 30)
+    assert costs.examples_per_epoch(make_plan("WRN 28-10", "gpu")) == 45_000
+    assert costs.examples_per_epoch(make_plan("SWRN 50-2", "paper")) == 1_281_167
+
+
+def test_a_wide_network_by_hand():
+    plan = make_plan("SWRN 28-6-2 cutout", "paper")
+    expected = 3 * 1_894_174_464 * 50_000 * 200  # forward multiply-adds of WRN 28-6, counted elsewhere
+    assert costs.expected_seconds(plan, gpu=False) == pytest.approx(expected / costs.CPU_SPEED)
+    assert costs.expected_seconds(plan, gpu=True, speed=1e13) == pytest.approx(expected / 1e13)
+
+
+def test_small_networks_are_bound_by_launches_on_a_gpu():
+    plan = make_plan("SCNN 100 layers", "fast")
+    assert costs.expected_seconds(plan, gpu=True) == pytest.approx(9 * 3_000 / 32 * 100 * costs.LAUNCH_SECONDS)
+
+
+def test_a_measured_speed_comes_from_a_whole_benchmark(tmp_path):
+    assert costs.measured_speed(tmp_path / "none.json") is None
+    (tmp_path / "bad.json").write_text(json.dumps({"format": "softshare benchmark 3"}))
+    assert costs.measured_speed(tmp_path / "bad.json") is None

@@ -1,0 +1,94 @@
+"""The curriculum: whose grids are whose, what is measured when, and journeys past the training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softshare import models, shortest_path
+from softshare.studies import make_plan, paths, study_of, train
+from softshare.training.evaluation import evaluate, with_reestimated_statistics
+from softshare.training.tasks import ShortestPaths
+
+
+def tasks_of(seed):
+    plan = make_plan("SCNN", "fast", seed, rehearse=True)
+    return study_of(plan).tasks(plan)
+
+
+def test_validation_grids_are_nobodys_training_grids():
+    mine, theirs = tasks_of(1), tasks_of(2)
+    assert not torch.equal(mine.train.phases[0].train.inputs, theirs.train.phases[0].train.inputs)
+    for one, other in zip(mine.train.phases, theirs.train.phases, strict=True):
+        assert torch.equal(one.held_out.inputs, other.held_out.inputs)
+        seen = {grid.numpy().tobytes() for grid in one.train.inputs}
+        assert not any(grid.numpy().tobytes() in seen for grid in [*one.held_out.inputs, *mine.test.held_out.inputs])
+    with pytest.raises(ValueError, match="makes its own grids"):
+        plan = make_plan("SCNN", "fast")
+        study_of(plan).tasks(plan, "cifar10")
+
+
+class Fixed(torch.nn.Module):
+    """Answers what a function of the grids says; counts in which phases' grids it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return self.scale * (shortest_path.rectangle_rule(inputs).float() - 0.5)
+
+
+def test_each_epoch_is_scored_on_its_phase_and_each_phase_before_it_begins():
+    tasks = tasks_of(0)
+    watcher = paths.PhaseScores(tasks.train, "float32")
+    model = Fixed()
+    tasks.train.epochs = 3
+    for epoch in range(7):
+        watcher(model, epoch)
+    assert [row[:2] for row in watcher.found] == [
+        [0, 1], [1, 1], [2, 1], [3, 1], [3, 2], [4, 2], [5, 2], [6, 2],
+    ]  # fmt: skip
+    assert [watcher.phase_of(epoch) for epoch in range(1, 7)] == [1, 1, 1, 2, 2, 2]
+    found = watcher.metrics()
+    for phase in (1, 2):
+        for key in paths.SCORES:  # the model is the rule
+            assert found[f"phase{phase}_{key}"] == found[f"before{phase}_{key}"] == found[f"rule{phase}_{key}"]
+    assert found["phase1_exact"] != found["phase2_exact"] and watcher.row(4)["phase"] == 2
+    again = paths.PhaseScores(tasks.train, "float32")
+    again.load_state_dict(watcher.state_dict())
+    assert again.metrics() == found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    places = {"runs": folder, "checkpoints": folder / "c", "progress": False, "device": "cpu", "rehearse": True}
+    return {name: train(name, "fast", 1, **places) for name in ("CNN", "SCNN")}
+
+
+def test_a_record_holds_what_was_seen(pair):
+    record, model = pair["SCNN"]
+    assert len(record.history) == 2 and [row["phase"] for row in record.history] == [1.0, 2.0]
+    for row in record.history:
+        assert {f"{kind}_{key}" for kind in ("held_out", "reestimated") for key in paths.SCORES} <= set(row)
+    assert record.metrics["phase2_exact"] == record.history[-1]["reestimated_exact"]
+    tasks = tasks_of(1)
+    settled = with_reestimated_statistics(model, tasks.train.phases[-1].train.inputs[:1000].float(), "float32")
+    assert record.metrics["reestimated_f1"] == pytest.approx(evaluate(settled, tasks.test, "float32")["f1"])
+    assert record.metrics["f1"] == pytest.approx(evaluate(model, tasks.test, "float32")["f1"])
+
+
+def test_a_transfer_writes_a_record_of_its_own(pair, tmp_path):
+    records, networks = ({name: each[place] for name, each in pair.items()} for place in (0, 1))
+    found = paths.transfer(records, networks, [(12, 5), (16, 9)], grids=20, runs=tmp_path)
+    assert found.identity.study == "transfer" and found.path.parent == tmp_path
+    assert found.identity.chosen["of"] == {name: record.identity.hash for name, record in records.items()}
+    there = paths.scores_at(found, 16, 9)
+    assert set(there) == {"CNN", "SCNN", "rectangle rule"} and set(there["CNN"]) == set(paths.SCORES)
+    grids = shortest_path.generate(20, 16, 9, 0.2, 2**62 + 2**33)
+    assert there["CNN"]["f1"] == pytest.approx(evaluate(networks["CNN"], ShortestPaths(grids, grids), "float32")["f1"])
+    assert there["rectangle rule"]["exact"] == pytest.approx(
+        shortest_path.scores(shortest_path.rectangle_rule(grids.inputs), grids.targets)["exact"]
+    )
+    assert len(models.build(records["CNN"].network).layers) == 20

@@ -1,0 +1,132 @@
+"""Records: complete, found again by their identity, refused when changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import softshare
+from softshare import models
+from softshare.studies import Identity, find_records, read_record, records, train, write_record
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    places = {"runs": folder, "checkpoints": folder / "c", "progress": False, "device": "cpu"}
+    return train("SWRN 28-10-2*", "fast", 0, "digits", rehearse=True, **places)
+
+
+def test_a_record_says_what_was_run_and_how(trained):
+    found, model = trained
+    identity = found.identity
+    assert found.path.name == f"swrn-28-10-2-dropout-fast-s0-{identity.hash}.json"
+    assert (identity.study, identity.version, found.recipe, found.network) == (
+        "cifar",
+        1,
+        "SWRN 28-10-2*",
+        "SWRN 28-1-2*",
+    )
+    assert found.metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert set(found.config) == {"sizes", "augmentation", "schedule"} and found.config["schedule"]["epochs"] == 2
+    assert len(found.history) == 2 and found.data["source"] == "digits"
+    wanted = {"device", "hardware", "precision", "tf32", "compiled", "processes", "threads", "cores"}
+    wanted |= {"torch", "numpy", "python", "softshare", "revision", "dirty", "date", "seconds"}
+    assert wanted <= set(found.execution)
+    assert found.execution["precision"] == "float32" and found.execution["seconds"] > 0
+    assert read_record(found.path) == found
+    assert find_records(found.path.parent, "SWRN 28-10-2*", "fast") == [found]
+    assert find_records(found.path.parent, "WRN 28-10") == []
+    assert not list(found.path.parent.glob("*.part"))
+
+
+def test_similarities_come_with_the_record(trained):
+    found, model = trained
+    last = found.similarity().matrices()["stage2"][-1]
+    np.testing.assert_allclose(last, softshare.similarity_matrices(model)["stage2"].cpu(), atol=1e-6)
+    assert found.similarity().steps == [0, 1, 2]
+
+
+def test_snapshots_of_another_run_are_refused(trained, tmp_path):
+    for suffix in (".json", ".npz"):
+        shutil.copy(trained[0].path.with_suffix(suffix), tmp_path / f"x{suffix}")
+    found = read_record(tmp_path / "x.json")
+    assert found.similarity().steps == [0, 1, 2]
+    other = softshare.SimilarityRecorder()
+    other.record(models.swrn(16, 1), 0)
+    other.save(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="its checksum is another"):
+        found.similarity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields["chosen"].update(sizes={"train": 3}), "changed by hand"),
+        (lambda fields: fields["config"]["schedule"].update(epochs=3), "changed by hand"),
+        (lambda fields: fields.update(seed=1), "changed by hand"),
+        (lambda fields: fields.update(version=2), "changed by hand"),
+        (lambda fields: fields["data"].update(fingerprint="x"), "changed by hand"),
+        (lambda fields: fields.pop("metrics"), "'metrics' is missing"),
+        (lambda fields: fields.update(history={}), "'history' is missing or no list"),
+        (lambda fields: fields.update(format="other"), "not a record of format"),
+        (lambda fields: fields.update(profile="huge"), "unknown profile"),
+        (lambda fields: fields["metrics"].update(accuracy=99.9), "changed by hand"),
+        (lambda fields: fields["execution"].update(hardware="better"), "changed by hand"),
+    ],
+)
+def test_a_changed_record_is_refused(trained, tmp_path, change, message):
+    fields = json.loads(trained[0].path.read_text())
+    change(fields)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="changed.json is not a record"):
+        read_record(path)
+
+
+BASE = Identity("cifar", 1, "a", "fast", 0, "WRN 28-1", {"sizes": {"x": 1, "y": 2}}, "f")
+
+
+def test_the_hash_is_of_everything_in_an_identity_and_of_no_order():
+    assert dataclasses.replace(BASE, chosen={"sizes": {"y": 2, "x": 1}}).hash == BASE.hash
+    others = {"study": "paths", "version": 2, "recipe": "b", "profile": "gpu", "seed": 1, "network": "WRN 28-2"}
+    others |= {"chosen": {"sizes": {"x": 1}}, "fingerprint": "g"}
+    assert set(others) == {field.name for field in dataclasses.fields(Identity)}
+    hashes = {dataclasses.replace(BASE, **{name: value}).hash for name, value in others.items()}
+    assert len(hashes | {BASE.hash}) == len(others) + 1
+    assert BASE.on("g").hash == dataclasses.replace(BASE, fingerprint="g").hash
+
+
+def test_what_cannot_be_recorded_is_refused_before_a_file_is_written(tmp_path):
+    with pytest.raises(ValueError, match="fast, gpu, short, paper"):
+        Identity("book", 1, "x", "huge", 0)
+    with pytest.raises(ValueError, match="fast, gpu, short, paper"):
+        find_records(tmp_path, profile="quick")
+    with pytest.raises(ValueError, match="the identity of a is of 'f'"):
+        write_record(BASE, {}, data={"source": "x", "fingerprint": "g"}, runs=tmp_path)
+    with pytest.raises(TypeError, match="must be JSON"):
+        records.record_path(dataclasses.replace(BASE, chosen={"x": np.float32(1)}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_by_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.files, "checkout", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert records.runs_folder() == tmp_path / "runs" / "fast"
+    assert records.runs_folder(profile="paper") == records.runs_folder(profile="short") == tmp_path / "runs"
+    assert records.runs_folder("x", "paper") == records.runs_folder("x", "fast")
+
+
+def test_an_analysis_keeps_rows_of_its_own(tmp_path):
+    identity = Identity("folding", 1, "fold of x", "paper", 3, chosen={"of": "abc"})
+    record = write_record(identity, {"m": 1}, history=[{"way": "kept", "threshold": 0.5}], runs=tmp_path)
+    assert record.history == [{"way": "kept", "threshold": 0.5}] and record.config == {"of": "abc"}
+    assert record.execution["torch"] and record.seed == 3
+    assert find_records(tmp_path, "x") == [] and find_records(tmp_path, "fold of x") == [record]

@@ -1,0 +1,78 @@
+"""The poster's tables, and which records fill a cell beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from softshare.speed import benchmark
+from softshare.studies import find_records, make_plan, study_of, tables, write_record
+
+
+def test_tables_hold_the_posters_figures():
+    cifar = {row["model"]: row for row in tables.paper_table("cifar")}
+    assert cifar["SWRN 28-10-2*"]["cifar10_error"] == "3.75" and cifar["SWRN 28-18*"]["cifar100_error"] == "17.43"
+    assert len(cifar) == 11 and len(tables.paper_table("imagenet")) == 4 and len(tables.paper_table("search")) == 12
+    assert all(row["source"].startswith("poster") for name in tables.TABLES for row in tables.paper_table(name))
+    with pytest.raises(ValueError, match="cifar, imagenet, search"):
+        tables.paper_table("mnist")
+
+
+def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
+    def run(profile, seed, error, source="CIFAR-10 (JPEG)", **change):
+        plan = make_plan("SWRN 28-10-2*", profile, seed)
+        if change:
+            plan = dataclasses.replace(plan, augmentation={**plan.augmentation, **change})
+        identity = study_of(plan).identity(plan, source)
+        write_record(identity, {"error": error}, data={"source": source, "fingerprint": source}, runs=tmp_path)
+
+    def cell():
+        return tables.measured(find_records(tmp_path), "SWRN 28-10-2*", "error", "CIFAR-10")
+
+    run("fast", 0, 60.0)
+    run("gpu", 0, 6.0)
+    run("short", 0, 5.0)
+    run("paper", 0, 17.0, "CIFAR-100")
+    run("paper", 0, 9.0, cutout=16)  # not the recipe's
+    assert cell() == "not run"
+    run("paper", 0, 3.0)
+    assert cell() == "3.00 (1 run, paper, CIFAR-10 (JPEG))"
+    run("paper", 1, 4.0)
+    assert cell() == "3.50 ± 0.71 (2 runs, paper, CIFAR-10 (JPEG))"
+    found = next(iter(tmp_path.glob("*-paper-s1-*.json")))
+    shutil.copy(found, tmp_path / "a-copy.json")  # counts once
+    run("paper", 2, 5.0, "CIFAR-10")
+    assert cell() == "5.00 (1 run, paper, CIFAR-10); 3.50 ± 0.71 (2 runs, paper, CIFAR-10 (JPEG))"
+
+
+def test_records_of_another_version_fill_no_cell(tmp_path, monkeypatch):
+    plan = make_plan("CNN", "paper")
+    write_record(study_of(plan).identity(plan), {"phase1_exact": 0.5}, data={"source": "grids"}, runs=tmp_path)
+    records = find_records(tmp_path)
+    assert tables.measured(records, "CNN", "phase1_exact", "grids").startswith("0.50 (1 run")
+    monkeypatch.setattr(study_of(plan), "version", 2, raising=False)
+    assert tables.measured(records, "CNN", "phase1_exact", "grids") == "not run"
+
+
+def test_html_is_escaped():
+    assert "<b>" not in tables.as_html([{"a<b>": "<b>x"}], "<b>") + tables.finding("<b>")
+
+
+def test_speeds_show_the_median_and_the_range():
+    record = {"ratios": {"a / b": [1.0, 0.5, 1360.4]}, "generator": {"ratios": {"c / d": [3.0, 2.0, 4.0]}}}
+    rows = tables.speeds(record)
+    assert rows[0] == {"ratio": "a / b", "median": "1", "range": "0.5 to 1360"}
+    assert rows[1] == {"ratio": "c / d", "median": "3", "range": "2 to 4"}
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_record():
+    top = Path(__file__).resolve().parents[2]
+    text = " ".join((top / "README.md").read_text(encoding="utf-8").split())
+    (path,) = re.findall(r"\[record\]\((data/benchmarks/[^)]+)\)", text)
+    ratios = benchmark.load_benchmark(top / path)["ratios"]
+    assert f"takes {ratios['ours / plain'][0]:.2f} times the plain network's" in text
+    assert f"the authors' scheme {ratios['authors / ours'][0]:.2f} times ours" in text

@@ -1,0 +1,174 @@
+"""The training loop against plain PyTorch, what it returns, and its errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import softshare
+from softshare import models, shortest_path
+from softshare.training import History, Settings, ShortestPaths, fit
+
+
+def test_fit_is_plain_sgd_with_the_papers_recipe(task, small_net):
+    """An independent loop with torch.optim and hand-made groups reaches the same weights."""
+    shared = small_net()
+    softshare.share_(shared, 2)
+    ours, theirs = copy.deepcopy(shared), copy.deepcopy(shared)
+    settings = Settings(epochs=3, batch_size=64, rate=0.05, milestones=(0.5,), precision="float32", channels_last=False)
+    history = fit(ours, task, settings, progress=False, device="cpu")
+
+    coefficients = [p for name, p in theirs.named_parameters() if name.endswith("coefficients")]
+    others = [p for name, p in theirs.named_parameters() if not name.endswith("coefficients")]
+    assert len(coefficients) == 1
+    groups = [{"params": others, "weight_decay": 5e-4}, {"params": coefficients, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    order, losses = torch.Generator().manual_seed(0), []
+    for epoch in (1, 2, 3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 if epoch <= 2 else 0.01  # round(0.5 * 3) = 2
+        total = 0.0
+        for batch in torch.randperm(task.size, generator=order).split(64):
+            inputs, targets = task.batch(batch, 0, epoch)
+            loss = F.cross_entropy(theirs(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(batch)
+        losses.append(total / task.size)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert [row["loss"] for row in history] == pytest.approx(losses, rel=1e-4)
+    assert [row["rate"] for row in history] == [0.05, 0.05, pytest.approx(0.01)]
+
+
+def test_both_tasks_learn(task):
+    wide = models.swrn(16, 1)
+    torch.manual_seed(0)
+    history = fit(wide, task, Settings(epochs=12, batch_size=20, rate=0.05), progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["held_out_accuracy"] > 50  # of ten classes
+    grids = shortest_path.generate(300, size=8, box=5), shortest_path.generate(100, size=8, box=5, seed=1)
+    torch.manual_seed(0)
+    net = models.gridnet(layers=6, width=16, templates=3)
+    settings = Settings(epochs=6, batch_size=32, optimizer="adam", rate=0.01, milestones=(0.5,), weight_decay=0.0)
+    history = fit(net, ShortestPaths(*grids), settings, progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"] and history[-1]["held_out_f1"] > 0.8
+
+
+def test_the_seed_decides_the_outcome(task):
+    def trained(seed):
+        net = models.swrn(16, 1, dropout=0.3)
+        net.load_state_dict(start)
+        fit(net, task, Settings(epochs=1, seed=seed), progress=False)
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    start = models.swrn(16, 1).state_dict()
+    assert torch.equal(trained(3), trained(3)) and not torch.equal(trained(3), trained(4))
+
+
+def test_the_penalty_raises_similarity(task):
+    means = {}
+    for penalty in (0.0, 0.02):
+        torch.manual_seed(0)
+        net = models.swrn(22, 1)
+        fit(net, task, Settings(epochs=10, batch_size=20, penalty=penalty), progress=False)
+        matrices = softshare.similarity_matrices(net)
+        means[penalty] = sum(softshare.similarity.off_diagonal(matrices).values()) / 3
+    assert means[0.02] > means[0.0] + 0.2
+
+
+def test_channels_last_changes_nothing_but_rounding(task, small_net):
+    nets = [small_net(), small_net()]
+    for net, channels_last in zip(nets, (False, True), strict=True):
+        fit(net, task, Settings(epochs=1, precision="float32", channels_last=channels_last), progress=False)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_trains(task):
+    net = models.swrn(16, 1)
+    history = fit(net, task, Settings(epochs=2, batch_size=32, rate=0.05, precision="bfloat16"), progress=False)
+    assert history[-1]["loss"] < history[0]["loss"] and next(net.parameters()).dtype is torch.float32
+
+
+def test_callbacks_see_the_start_and_every_epoch(task, small_net):
+    net = small_net()
+    softshare.share_(net, 2)
+    seen, recorder = [], softshare.SimilarityRecorder()
+    fit(net, task, Settings(epochs=2), [lambda model, epoch: seen.append(epoch), recorder], progress=False)
+    assert seen == [0, 1, 2] == recorder.steps
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_infinite_loss_stops_with_epoch_rate_and_precision(task, small_net, precision):
+    net = small_net()
+    with torch.no_grad():
+        net[0].weight.fill_(float("inf"))
+    said = rf"step 1 of 2 in epoch 1 of 2 at rate 0\.1 in {precision}; no checkpoint was kept"
+    with pytest.raises(FloatingPointError, match=said):
+        fit(net, task, Settings(epochs=2, precision=precision), progress=False, device="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_learns_what_the_cpu_learns(task):
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = models.swrn(16, 1)
+        settings = Settings(epochs=2, batch_size=32, rate=0.05, precision="float32")
+        losses.append(fit(net, task, settings, device=device, progress=False)[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_history_says_how_the_run_was_carried_out(task, small_net, precision):
+    settings = Settings(epochs=2, precision=precision, rate=0.01)
+    history = fit(small_net(), task, settings, progress=False, device="cpu")
+    assert isinstance(history, History) and isinstance(history, list) and [row["epoch"] for row in history] == [1, 2]
+    found = history.execution
+    assert found["precision"] == precision and found["tf32"] is False and found["compiled"] is False
+    assert (
+        found["channels_last"] is True and found["processes"] == 1 and "earlier" not in found and "others" not in found
+    )
+    assert (
+        found["device"] == "cpu" and found["threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
+    )
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_auto_is_said_as_what_it_was(task, small_net):
+    """A record of a run with the precision that suits the machine names the one that it was."""
+    expected = softshare.training.pick_precision("auto", torch.device("cpu"))
+    history = fit(small_net(), task, Settings(epochs=1), progress=False, device="cpu")
+    assert history.execution["precision"] == str(expected).removeprefix("torch.")
+
+
+def test_a_cycle_of_the_rates_is_followed(task, small_net):
+    settings = Settings(epochs=4, batch_size=100, rate=0.01, milestones=(0.5,), factor=0.1, cycle=2)
+    history = fit(small_net(), task, settings, progress=False)
+    assert [row["rate"] for row in history] == pytest.approx([0.01, 0.001, 0.01, 0.001])
+
+
+def test_the_model_is_left_in_evaluation_mode(task):
+    net = models.wrn(10, 1).train()
+    fit(net, task, Settings(epochs=1, rate=0.01), progress=False)
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"model": "SWRN 16-1"}, TypeError, "a torch.nn.Module and Settings, got str, Settings"),
+        ({"settings": {"epochs": 1}}, TypeError, "a torch.nn.Module and Settings, got Sequential, dict"),
+        ({"checkpoint_seconds": -1}, ValueError, "checkpoint_seconds must be at least 0, got -1"),
+        ({"checkpoint_seconds": float("nan")}, ValueError, "checkpoint_seconds"),
+    ],
+)
+def test_bad_arguments_are_refused(task, small_net, change, error, says):
+    with pytest.raises(error, match=says):
+        fit(**{"model": small_net(), "task": task, "settings": Settings(epochs=1)} | change)

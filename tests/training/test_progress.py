@@ -1,0 +1,82 @@
+"""What a training shows of itself: on a terminal, in a log, and while an epoch is long."""
+
+from __future__ import annotations
+
+import pytest
+
+from softshare.training import Settings, fit, progress
+from softshare.training.progress import Progress
+
+
+def test_display_shows_epoch_loss_speed_and_time_left(task, capsys, monkeypatch, small_net):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    fit(small_net(), task, Settings(epochs=1), title="a run")
+    assert "a run epoch 1/1: loss " in (text := capsys.readouterr().out) and "/s" in text and "s left" in text
+
+
+def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch, small_net):
+    clock = iter(range(0, 100_000, 40))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    fit(small_net(), task, Settings(epochs=1, batch_size=50), title="slow")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("slow epoch 1/1 (25% of it): loss ") and lines[0].endswith(" left") and ":" in lines[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which a test sets: a list of one number of seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    return now
+
+
+def row(epoch, **metrics):
+    return {"epoch": float(epoch), "loss": 1.25, "examples_per_second": 20.0, **metrics}
+
+
+def test_lines_come_at_most_once_a_second_and_at_the_end(clock, capsys):
+    display = Progress("short", epochs=4, size=10, shown=True)
+    for epoch, now in ((1, 0.4), (2, 1.2), (3, 1.9), (4, 2.0)):
+        clock[0] = now
+        display.add(10)
+        display.epoch(row(epoch, held_out_accuracy=87.5, held_out_error=12.5))
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "short epoch 2/4: loss 1.250, accuracy 87.5, 20/s, 1 s left"
+    assert last == "short epoch 4/4: loss 1.250, accuracy 87.5, 20/s, 0 s left"
+
+
+def test_time_left_is_that_of_what_this_process_has_done(clock, capsys):
+    """A run that is taken up at half does not count the other half, which took no time here."""
+    display = Progress("again", epochs=10, size=100, shown=True)
+    display.begin_at(500)
+    clock[0] = 30.0
+    display.add(100)
+    display.epoch(row(6))
+    assert capsys.readouterr().out == "again epoch 6/10: loss 1.250, 20/s, 0:02:00 left\n"
+
+
+def test_what_is_not_to_be_shown_is_not_shown(clock, capsys):
+    display = Progress("quiet", epochs=1, size=10, shown=False)
+    display.say("something")
+    display.add(10)
+    clock[0] = 100.0
+    display.look(1, 0.5)
+    display.epoch(row(1))
+    display.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    display = Progress("bar", epochs=2, size=10, shown=True)
+    display.begin_at(10)
+    display.say("going on")
+    display.add(10)
+    display.look(2, 0.5)
+    display.epoch(row(2, held_out_f1=0.875))
+    display.close()
+    out, err = capsys.readouterr()
+    assert out == "" and "bar: going on" in err
+    assert "20.0/20.0" in err and "epoch 2/2, loss 1.250, F1 0.875" in err

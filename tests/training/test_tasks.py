@@ -1,0 +1,121 @@
+"""What is trained on: images, grids and curricula of grids; their batches, identities and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from softshare import models, shortest_path
+from softshare.training import Classification, Curriculum, Settings, ShortestPaths, Task, fit
+
+
+def test_splits_with_other_classes_are_refused(digits):
+    other = dataclasses.replace(digits[1], classes=tuple("abcdefghij"))
+    with pytest.raises(ValueError, match="different classes"):
+        Classification(digits[0], other)
+
+
+def test_nothing_held_out_means_no_evaluation(digits, small_net):
+    history = fit(small_net(), Classification(digits[0]), Settings(epochs=1), progress=False)
+    assert set(history[0]) == {"epoch", "rate", "loss", "seconds", "examples_per_second"}
+
+
+def test_a_curriculum_goes_from_phase_to_phase(task):
+    phases = [
+        ShortestPaths(shortest_path.generate(20, size=8, box=box), shortest_path.generate(10, size=8, box=box, seed=1))
+        for box in (3, 5)
+    ]
+    task = Curriculum(phases, epochs=2)
+    assert [task.at(epoch) is phases[place] for epoch, place in ((0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (9, 1))]
+    settings = Settings(epochs=4, batch_size=10, optimizer="adam", rate=0.01, milestones=())
+    history = fit(models.gridnet(layers=2, width=4), task, settings, progress=False, device="cpu")
+    assert all({"held_out_f1", "held_out_exact", "held_out_hard_f1"} <= set(row) for row in history)
+    with pytest.raises(ValueError, match="phases of one size, got .20, 7."):
+        Curriculum([phases[0], ShortestPaths(shortest_path.generate(7, size=8, box=3))], epochs=2)
+
+
+def test_grids_and_curricula_are_told_apart():
+    def phase(seed):
+        return ShortestPaths(shortest_path.generate(5, size=8, box=3, seed=seed))
+
+    names = [phase(0).identity(), phase(1).identity()]
+    names += [Curriculum([phase(0), phase(1)], epochs).identity() for epochs in (1, 2)]
+    names.append(Curriculum([phase(1), phase(0)], 1).identity())
+    assert len(set(names)) == 5 and phase(0).identity() == names[0]
+
+
+def test_batches_of_images_do_not_depend_on_what_else_is_in_them(task):
+    everything, labels = task.batch(torch.arange(task.size), 3, 2)
+    some = torch.tensor([150, 3, 77])
+    images_, found = task.batch(some, 3, 2)
+    assert torch.equal(images_, everything[some]) and torch.equal(found, labels[some])
+    draws = task.augmentation.draw(task.size, 3, 2, 8)
+    assert torch.equal(images_, task.augmentation(task.images[some], draws[some]))
+    for seed, epoch in ((4, 2), (3, 1)):
+        assert not torch.equal(task.batch(some, seed, epoch)[0], images_)
+    parts = list(task.batches([some[:1], some[1:]], 3, 2))
+    assert torch.equal(torch.cat([images for images, _ in parts]), images_)
+
+
+def test_identities_of_images_tell_data_and_augmentation_apart(task, digits):
+    same = Classification(digits[0], None, task.augmentation)
+    assert same.identity() == task.identity() == task.to(torch.device("cpu")).identity()
+    others = [
+        Classification(digits[0].split(50)[0], None, task.augmentation),
+        Classification(digits[0], None, dataclasses.replace(task.augmentation, flip=True)),
+        Classification(digits[0]),
+    ]
+    assert len({task.identity(), *(other.identity() for other in others)}) == 4
+
+
+def test_grids_are_scored_as_predicted_beside_the_rule():
+    held_out = shortest_path.generate(300, size=8, box=7, obstacle_probability=0.3, seed=1)
+    task = ShortestPaths(shortest_path.generate(5, size=8, box=5), held_out)
+    logits = torch.randn(held_out.targets.shape)
+    place = 0
+
+    def predict(inputs):
+        nonlocal place
+        assert inputs.dtype == torch.float32 and torch.equal(
+            inputs.bool(), held_out.inputs[place : place + len(inputs)]
+        )
+        place += len(inputs)
+        return logits[place - len(inputs) : place]
+
+    found = task.evaluate(predict)
+    expected = shortest_path.scores_beside_the_rule(logits > 0, held_out)
+    assert found == {"loss": found["loss"], **expected} and set(found) == {
+        "loss",
+        "f1",
+        "exact",
+        "hard_f1",
+        "hard_exact",
+    }
+    loss = F.binary_cross_entropy_with_logits(logits, held_out.targets.float())
+    assert found["loss"] == pytest.approx(float(loss))
+    perfect = task.evaluate(lambda inputs: 40.0 * shortest_path.rectangle_rule(inputs) - 20.0)
+    assert perfect["hard_exact"] == 0 < perfect["exact"] < 1
+
+
+def test_a_task_of_ones_own_trains():
+    """What a user writes: examples, a batch and a loss."""
+
+    class Doubling(Task):
+        size = 32
+
+        def batch(self, indices, seed, epoch):
+            x = indices.float()[:, None] / 32
+            return x, 2 * x
+
+        def loss(self, outputs, targets):
+            return F.mse_loss(outputs, targets)
+
+    history = fit(torch.nn.Linear(1, 1), Doubling(), Settings(epochs=40, batch_size=8), progress=False, device="cpu")
+    assert history[-1]["loss"] < 0.01 * history[0]["loss"] and math.isfinite(history[-1]["loss"])
+    assert not any(name.startswith("held_out") for name in history[-1])
+    with pytest.raises(TypeError, match="abstract"):
+        Task()
