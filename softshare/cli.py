@@ -13,9 +13,23 @@ from .files import atomic_file
 from .folded import fold
 from .folding import plan_fold
 from .speed import benchmark
-from .studies import PROFILES, RECIPES, costs, find_records, folding, gpu_list, make_plan, run, runs_folder, tables
-from .studies.recipes import find_recipe
-from .studies.running import tasks_of, trained
+from .studies import (
+    PROFILES,
+    RECIPES,
+    STUDIES,
+    costs,
+    find_records,
+    folding,
+    gpu_list,
+    make_plan,
+    read_record,
+    run,
+    runs_folder,
+    study_of,
+    tables,
+    trained,
+)
+from .studies.records import record_path
 from .training import distributed
 from .training.devices import NoSuchDevice, pick_device
 from .training.distributed import Disagreement
@@ -40,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             "--runs", default="", help="folder of records; default: data/runs of a checkout, else ./runs"
         )
         command.add_argument("--checkpoints", default="", help="folder for checkpoints, say one on a mounted drive")
+        command.add_argument("--rehearse", action="store_true", help="toy sizes, to try every step in seconds")
         return command
 
     commands.add_parser("list", help="show all recipes with what they cost")
@@ -48,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120"
     )
-    command.add_argument("--rehearse", action="store_true", help="toy sizes, to try every step in seconds")
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command = recipe_command(
         "fold", "fold the network that `run` has trained: what becomes one layer, and what it costs"
@@ -104,15 +118,14 @@ def _list(arguments: argparse.Namespace) -> int:
     print(
         "Estimated time by profile, on one CPU thread / one GPU of a T4's class. CPU: from a measured speed; GPU: from an"
     )
-    print("assumed one, not measured. * is dropout 0.3. In profiles fast and gpu networks are narrow relatives.\n")
+    print("assumed one, not measured. * is dropout 0.3. In small profiles networks are narrow relatives.\n")
     print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():
         plans = [make_plan(name, profile) for profile in PROFILES]
         cpu, gpu = ([_duration(costs.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
-        data = ", ".join(recipe.data) or {"paths": "generated", "imagenet": "--data FOLDER"}[recipe.study]
+        data = STUDIES[recipe.study].data_told(recipe)
         both = " ".join(f"{f'{mine} / {theirs}':>17}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True))
-        fast = "-" if recipe.study == "imagenet" else cpu[0]
-        print(f"{name:24} {data:18} {fast:>8} {both}  {recipe.shows}")
+        print(f"{name:24} {data:18} {cpu[0]:>8} {both}  {recipe.shows}")
     return 0
 
 
@@ -143,39 +156,38 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _fold(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
-    name, profile, seed = find_recipe(arguments.name).name, arguments.profile, arguments.seed
-    records = [
-        record for record in find_records(runs_folder(arguments.runs, profile), name, profile) if record.seed == seed
-    ]
-    if not records:
+    plan = make_plan(arguments.name, arguments.profile, arguments.seed, arguments.rehearse)
+    study, name = study_of(plan), plan.recipe.name
+    tasks = study.tasks(plan, arguments.data)
+    path = record_path(study.identity(plan, tasks.data["fingerprint"]), arguments.runs)
+    if not path.exists():
         raise FileNotFoundError(
-            f"no record of {name}, profile {profile}, seed {seed}; train it first: "
-            f"softshare run {name!r} --profile {profile} --seed {seed}"
+            f"no record of {name}, profile {plan.profile}, seed {plan.seed}, on {tasks.data['source']}; train it first: "
+            f"softshare run {name!r} --profile {plan.profile} --seed {plan.seed}"
         )
-    record = records[0]
-    tasks = tasks_of(record, arguments.data)
+    record = read_record(path)
     model = trained(record, arguments.checkpoints).to(device)
-    plan = plan_fold(model, arguments.threshold)
+    folds = plan_fold(model, arguments.threshold)
     thresholds = sorted({arguments.threshold, *(folding.THRESHOLDS if arguments.sweep else ())})
     found = folding.fold_costs(record, model, tasks, thresholds, runs=arguments.runs)
     rows = {way: folding.row_at(rows, arguments.threshold) for way, rows in folding.rows_by_way(found).items()}
     kept, fresh = rows[folding.KEPT], rows[folding.REESTIMATED]
     before = sum(parameter.numel() for parameter in model.parameters())
-    print(plan)
+    print(folds)
     for what, layers, parameters, error in (
-        ("as trained", plan.total_layers, before, kept["value"] - kept["change"]),
-        ("folded", plan.distinct_layers, kept["parameters"], kept["value"]),
-        ("as trained, statistics re-estimated", plan.total_layers, before, fresh["value"] - fresh["change"]),
-        ("folded, statistics re-estimated", plan.distinct_layers, fresh["parameters"], fresh["value"]),
+        ("as trained", folds.total_layers, before, kept["value"] - kept["change"]),
+        ("folded", folds.distinct_layers, kept["parameters"], kept["value"]),
+        ("as trained, statistics re-estimated", folds.total_layers, before, fresh["value"] - fresh["change"]),
+        ("folded, statistics re-estimated", folds.distinct_layers, fresh["parameters"], fresh["value"]),
     ):
         print(f"{what:36} {layers:3} distinct layers of groups, {parameters:>12,} parameters, test error {error:.4g}%")
     print(f"record {found.path}")
     if arguments.output:
         from safetensors.torch import save
 
-        state = {name: value.cpu().contiguous() for name, value in fold(model, plan).state_dict().items()}
+        state = {name: value.cpu().contiguous() for name, value in fold(model, folds).state_dict().items()}
         plan_path, weights_path = (Path(f"{arguments.output}{end}") for end in (".json", ".safetensors"))
-        for path, content in ((plan_path, (plan.to_json() + "\n").encode()), (weights_path, save(state))):
+        for path, content in ((plan_path, (folds.to_json() + "\n").encode()), (weights_path, save(state))):
             with atomic_file(path) as file:
                 file.write(content)
         print(f"written: {plan_path}, {weights_path}")

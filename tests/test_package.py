@@ -120,7 +120,6 @@ def test_every_module_has_its_tests():
         ("models", "blocks"): "test_folded.py",
         ("images", "sets"): "images/test_loading.py",
         ("pictures", "charts"): "pictures/test_mixing_chart.py",
-        ("studies", "records"): "studies/test_records.py",
         ("speed", "steps"): "speed/test_benchmark.py",
     }
     for path in FILES:

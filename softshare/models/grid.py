@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,6 +45,24 @@ class GridNet(nn.Module):
         x = self.stem(grids.to(self.stem.weight.dtype))  # (N, width, H, W)
         x = self.layers(x)
         return self.head(x).squeeze(1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def answers_by_layer(self, grids: Tensor) -> Tensor:
+        """What the network would answer if it stopped after 0, 1, ... layers: its head applied to the features so far.
+
+        (N, 2, H, W) to (N, layers + 1, H, W) bool, on the network's device. Raises ValueError for inputs of another shape,
+        and in training mode, in which BatchNorm would learn from them.
+        """
+        if grids.dim() != 4 or grids.shape[1] != 2:
+            raise ValueError(f"inputs must be (N, 2, H, W), got {tuple(grids.shape)}")
+        if self.training:
+            raise ValueError("the network must be in evaluation mode: call network.eval() first")
+        x = self.stem(grids.to(self.stem.weight))  # (N, width, H, W)
+        logits = [self.head(x)]
+        for layer in self.layers:
+            x = layer(x)
+            logits.append(self.head(x))  # (N, 1, H, W)
+        return torch.cat(logits, dim=1) > 0
 
 
 def gridnet(layers: int = 20, width: int = 32, templates: int | None = None) -> GridNet:

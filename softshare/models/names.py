@@ -31,7 +31,7 @@ KNOWN = (
 
 _NARROW = {"WRN": 1, "CNN": 12, "ResNeXt": 4, "DenseNet": 4, "ResNet": 8} | dict.fromkeys(CELL_WIDTHS, 4)
 _UNNAMED_WIDTHS = {"CNN": GRID_WIDTH, "DenseNet": 32, "ResNet": 64}  # where a name says none
-_DENSENET_BC = (190, 40)  # "DenseNet 190-40" on the poster has bottlenecks and compression, "DenseNet 100-24" has not
+_COMPRESSED = (190, 264)  # depths of DenseNets that have bottlenecks and compression though their names do not say so
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Network:
         width: widening factor (WRN), channels (CNN, searched), width of a group (ResNeXt), growth rate (DenseNet), or
             channels of the first stage (ResNet).
         shared: whether layers draw their weights from templates.
-        templates: k, the templates of each group; None: one per layer.
+        templates: k, the templates of each group; None: one per layer, also where the name says so by a number.
         dropout: whether there is dropout of 0.3, the star on the poster.
         cardinality: groups of a ResNeXt's convolutions.
         compressed: whether a DenseNet has bottlenecks and compression (DenseNet-BC).
@@ -104,7 +104,7 @@ class Network:
         if self.family == "ResNeXt":
             return f"ResNeXt-{self.depth} {self.cardinality}x{self.width}"
         if self.family == "DenseNet" and not self.imagenet:
-            marked = "-BC" * (self.compressed and (self.depth, self.width) != _DENSENET_BC)
+            marked = "-BC" * (self.compressed and self.depth not in _COMPRESSED)
             return f"DenseNet{marked} {self.depth}-{self.width}"
         if self.family in CELL_WIDTHS:
             sizes = {width: size for size, width in CELL_WIDTHS[self.family].items()}
@@ -124,7 +124,10 @@ def _wide(match: re.Match[str]) -> Network:
         raise ValueError(f"a plain network has no templates, got {match[0]!r}; did you mean 'S{match[0]}'?")
     if star and depth == "50":
         raise ValueError(f"the networks of depth 50 have no dropout, so no * either, got {match[0]!r}")
-    return Network("WRN", int(depth), int(width), bool(shared), int(templates) if templates else None, bool(star))
+    k = int(templates) if templates else None
+    if k and depth != "50" and k >= (int(depth) - 4) // 3 - 2 > 0:
+        k = None  # as many as there are layers to share them is one per layer, however it is written
+    return Network("WRN", int(depth), int(width), bool(shared), k, bool(star))
 
 
 def _grid(match: re.Match[str]) -> Network:
@@ -137,18 +140,21 @@ def _grid(match: re.Match[str]) -> Network:
             f"{match[0]!r} asks for {templates} templates for {depth} layers, more than one per layer; "
             f"a network of {templates} layers is 'SCNN {templates} layers'"
         )
-    return Network("CNN", depth, int(width or GRID_WIDTH), bool(shared), int(templates) if templates else None)
+    k = int(templates) if templates and int(templates) < depth else None
+    return Network("CNN", depth, int(width or GRID_WIDTH), bool(shared), k)
 
 
 def _dense(match: re.Match[str]) -> Network:
     marked, depth, growth = match.groups()
-    compressed = bool(marked) or depth == "264" or (int(depth), int(growth)) == _DENSENET_BC
+    compressed = bool(marked) or int(depth) in _COMPRESSED
     return Network("DenseNet", int(depth), int(growth), compressed=compressed)
 
 
 def _cells(match: re.Match[str]) -> Network:
     family, size, width = match.groups()
     sizes = CELL_WIDTHS[family]
+    if size and width:
+        raise ValueError(f"a name holds a size or a width, not both, got {match[0]!r}")
     if size and size not in sizes:
         raise ValueError(f"unknown size {size!r} of {family}; known: {', '.join(sizes)}")
     return Network(family, None, int(width) if width else sizes[size] if size else next(iter(sizes.values())))

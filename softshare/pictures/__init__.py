@@ -8,7 +8,7 @@ from .folds_chart import folds
 from .mixing_chart import mixing
 from .moving import Choice, Moving, Slider
 from .plots import cost_by_templates, curves, filters, grid, plan, similarity_matrix, similarity_rows
-from .search_chart import answers_by_layer, search
+from .search_chart import search
 from .style import COLOURS, CYCLE, cluster_colours, ink, use_style
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Choice",
     "Moving",
     "Slider",
-    "answers_by_layer",
     "cluster_colours",
     "cost_by_templates",
     "curves",

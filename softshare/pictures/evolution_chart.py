@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..training.recorder import SimilarityRecorder
+from ..training.recorder import SimilarityRecorder, largest_pair
 from .charts import BLUES, data, sentence, squares
 from .moving import Choice, Moving, Slider
 from .plots import similarity_rows
@@ -52,12 +52,6 @@ def _common_steps(runs: Mapping[str, SimilarityRecorder]) -> np.ndarray:
                 f"snapshots must be two or more, at the same steps, equally far apart; {name!r} has {run.steps}"
             )
     return steps
-
-
-def largest_pair(matrices: np.ndarray) -> np.ndarray:
-    """The largest similarity between two different layers, (snapshots, L, L) to (snapshots,); 0 for a single layer."""
-    pairs = ~np.eye(matrices.shape[-1], dtype=bool)
-    return np.asarray(matrices[:, pairs].max(axis=1, initial=0.0))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from ..models.grid import GridNet
 from ..shortest_path import Grids, generate, steps_from
@@ -28,7 +26,7 @@ def search(
 ) -> Moving:
     """Breadth-first search from one query, step by step, beside a network's answer, layer by layer.
 
-    The answer after n layers is that of `answers_by_layer`.
+    The answer after n layers is that of `GridNet.answers_by_layer`.
 
     Args:
         networks: by name, made by `softshare.models.gridnet`, all of the same depth and in evaluation mode.
@@ -42,7 +40,7 @@ def search(
     if len(set(depths.values())) != 1 or any(network.training for network in networks.values()):
         raise ValueError(f"networks must be in evaluation mode and all of one depth, got layers: {depths}")
     drawn = generate(grids, size, box, obstacle_probability, seed)
-    answers = {name: answers_by_layer(network, drawn.inputs).numpy() for name, network in networks.items()}
+    answers = {name: network.answers_by_layer(drawn.inputs).cpu().numpy() for name, network in networks.items()}
     picture = _Search(drawn, steps_from(drawn.inputs).numpy(), answers)
     return Moving(
         picture.controls(), picture.chart(), picture.draw,
@@ -50,34 +48,6 @@ def search(
         "pixels that a network would mark after some of its layers, right ones and wrong ones. Dots are the true answer. "
         "Controls choose the step of the search, the layer, the grid and the network.",
     )  # fmt: skip
-
-
-@torch.no_grad()
-def answers_by_layer(network: GridNet, inputs: Tensor) -> Tensor:
-    """What a grid network would answer if it stopped after 0, 1, ... of its layers.
-
-    Its last convolution is applied to the features so far; after all layers this is the network's own answer.
-
-    Args:
-        network: made by `softshare.models.gridnet`, in evaluation mode, on any device.
-        inputs: (N, 2, H, W), queries and obstacles.
-
-    Returns:
-        (N, layers + 1, H, W) bool, on the CPU: whether a pixel is marked.
-
-    Raises:
-        ValueError: inputs of another shape, or a network in training mode, which would learn statistics from them.
-    """
-    if inputs.dim() != 4 or inputs.shape[1] != 2:
-        raise ValueError(f"inputs must be (N, 2, H, W), got {tuple(inputs.shape)}")
-    if network.training:
-        raise ValueError("the network must be in evaluation mode: call network.eval() first")
-    x = network.stem(inputs.to(next(network.parameters())))  # (N, width, H, W)
-    logits = [network.head(x)]
-    for layer in network.layers:
-        x = layer(x)
-        logits.append(network.head(x))  # (N, 1, H, W)
-    return (torch.cat(logits, dim=1) > 0).cpu()
 
 
 @dataclass(frozen=True)

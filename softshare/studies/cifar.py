@@ -75,7 +75,7 @@ class Cifar(Study):
 
     def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
         network = Network.parse(recipe.network)
-        sizes: dict[str, Any] = dict(self.defaults["sizes"])
+        sizes: dict[str, Any] = {"train": None, "held_out": 0, "test": None, "side": 32}  # None: all that there are
         settings = Settings(
             epochs={"fast": 8, "gpu": 10, "short": 30, "paper": 200}[profile],
             penalty=recipe.penalty_in(profile),
@@ -103,7 +103,7 @@ class Cifar(Study):
         copy of CIFAR-10 is at hand. Digits are not mirrored.
         """
         train, test = self._load(plan, data, download)
-        data_facts = {"source": train.source, "fingerprint": f"{train.fingerprint[:32]} {test.fingerprint[:32]}"}
+        facts = {"source": train.source, "fingerprint": _fingerprint(train, test)}
         sizes, held_out = plan.sizes, None
         if sizes["train"] is not None:
             train, rest = train.split(min(sizes["train"], round(0.9 * len(train.labels))), plan.seed)
@@ -119,9 +119,24 @@ class Cifar(Study):
         return Tasks(
             Classification(train, held_out, augmentation),
             Classification(train, test, augmentation),
-            data_facts,
+            facts,
             len(train.classes),
         )
+
+    def fingerprint(self, plan: Plan, data: str | None = None, download: bool = False) -> str:
+        return _fingerprint(*self._load(plan, data, download))
+
+    def examples(self, plan: Plan) -> int:
+        return plan.sizes["train"] or 50_000
+
+    def used(self, plan: Plan, tasks: Tasks) -> dict[str, dict[str, Any]]:
+        train, test = tasks.train, tasks.test
+        assert isinstance(train, Classification) and isinstance(test, Classification) and test.held_out is not None
+        held_out = 0 if train.held_out is None else len(train.held_out[1])
+        config = plan.config()
+        config["sizes"] |= {"train": train.size, "held_out": held_out, "test": len(test.held_out[1])}
+        config["augmentation"] |= {"flip": train.augmentation.flip}
+        return config
 
     def _load(self, plan: Plan, name: str | None, download: bool) -> tuple[ImageSet, ImageSet]:
         def both(name: str) -> tuple[ImageSet, ImageSet]:
@@ -141,6 +156,10 @@ class Cifar(Study):
 
     def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
         return evaluate(model, tasks.test, plan.settings.precision)
+
+
+def _fingerprint(train: ImageSet, test: ImageSet) -> str:
+    return f"{train.fingerprint[:32]} {test.fingerprint[:32]}"
 
 
 def _at_most(found: ImageSet, n: int, seed: int) -> ImageSet:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models import multiply_adds
 from ..speed.benchmark import load_benchmark
+from .recipes import study_of
 from .study import Plan
 
 CPU_SPEED, GPU_SPEED = 55e9, 8e12
@@ -18,13 +19,6 @@ images/s). GPU: assumed, a quarter of what a T4 is built for in float16; not mea
 LAUNCH_SECONDS = 3e-4
 """What a GPU needs per layer and step however small the layer; assumed, not measured."""
 
-_TRAINING_IMAGES = {"cifar": 50_000, "imagenet": 1_281_167}
-
-
-def examples_per_epoch(plan: Plan) -> int:
-    """Training examples of an epoch; of images the full data set's, where the plan takes all."""
-    return int(plan.sizes.get("train") or _TRAINING_IMAGES[plan.recipe.study])
-
 
 def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
     """An estimate of a run's time, from its network's multiply-adds (three times forward).
@@ -32,7 +26,7 @@ def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float
     Args:
         speed: multiply-adds per second; default: `CPU_SPEED` or `GPU_SPEED`.
     """
-    examples, epochs = examples_per_epoch(plan), plan.settings.epochs
+    examples, epochs = study_of(plan).examples(plan), plan.settings.epochs
     forward = multiply_adds(plan.network, plan.sizes["side"])
     seconds = 3 * forward * examples * epochs / (speed or (GPU_SPEED if gpu else CPU_SPEED))
     if gpu and plan.network.grids:

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .. import models
 from ..folded import sweep
-from ..training.devices import pick_precision, precision_name
-from ..training.environment import environment
+from ..folding import FoldPlan, plan_fold
+from ..models import Network
+from ..sharing import banks
+from ..training.devices import convolution_kernels
+from ..training.environment import execution_facts
 from ..training.evaluation import evaluate, with_reestimated_statistics
-from .recipes import make_plan
+from .recipes import study_of
 from .records import Identity, Record, write_record
-from .study import Tasks
+from .running import plan_of
+from .study import Plan, Tasks
 
 VERSION = 1
 THRESHOLDS = tuple(round(0.2 + 0.05 * n, 2) for n in range(17))
@@ -28,24 +33,19 @@ THRESHOLDS = tuple(round(0.2 + 0.05 * n, 2) for n in range(17))
 KEPT, REESTIMATED = "statistics kept", "statistics re-estimated"
 """The two ways to test a folded network."""
 
-_REESTIMATED_ON = 1_000  # training examples
 
-
-def measures(tasks: Tasks, seed: int = 0, precision: str = "auto") -> dict[str, Callable[[nn.Module], float]]:
+def measures(plan: Plan, tasks: Tasks) -> dict[str, Callable[[nn.Module], float]]:
     """For each way to test a folded network a function that does so: test error in %, of grids those not exactly right."""
-    # Drawn at random: a data set may be sorted by class, and statistics of one class fit no other.
-    order = torch.randperm(tasks.train.size, generator=torch.Generator().manual_seed(seed))
-    some = order[:_REESTIMATED_ON].split(250)
-    inputs: list[Tensor] = []
+    precision = plan.settings.precision
+    sample = study_of(plan).sample(plan, tasks)
 
     def kept(model: nn.Module) -> float:
-        found = evaluate(model, tasks.test, precision)
+        with convolution_kernels(next(model.parameters()).device, plan.settings.tf32):
+            found = evaluate(model, tasks.test, precision)
         return found["error"] if "error" in found else 100.0 * (1.0 - found["exact"])
 
     def reestimated(model: nn.Module) -> float:
-        if not inputs:
-            inputs.extend(batch.float() for batch, _ in tasks.train.batches(some, seed, 1))
-        return kept(with_reestimated_statistics(model, torch.cat(inputs), precision))
+        return kept(with_reestimated_statistics(model, sample, precision))
 
     return {REESTIMATED: reestimated, KEPT: kept}
 
@@ -59,11 +59,10 @@ def fold_costs(
 ) -> Record:
     """Fold the trained network of a record at each threshold and write what each fold costs as a record of its own.
 
-    Networks are tested in the precision of the record's plan.
-
-    Its history has one row per threshold and way (see `rows_by_way`), its metrics the errors before folding and, by
-    threshold, the layers left and what the error changed by.
+    Networks are tested in the precision of the record's plan. The new record's history has one row per threshold and way
+    (see `rows_by_way`), its metrics the errors before folding and, by threshold, the layers left and the error's change.
     """
+    _, plan = plan_of(record)
     identity = Identity(
         "folding",
         VERSION,
@@ -74,10 +73,9 @@ def fold_costs(
         {"of": record.identity.hash, "thresholds": list(thresholds)},
         record.identity.fingerprint,
     )
-    precision = make_plan(record.recipe, record.profile, record.seed).settings.precision
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}
-    for way, measure in measures(tasks, record.seed, precision).items():
+    for way, measure in measures(plan, tasks).items():
         found = sweep(model, measure, thresholds)
         rows += [{"way": way, **row} for row in found]
         short = "kept" if way == KEPT else "reestimated"
@@ -86,8 +84,7 @@ def fold_costs(
             metrics[f"distinct_at_{row['threshold']:g}"] = row["distinct"]
             metrics[f"{short}_change_at_{row['threshold']:g}"] = row["change"]
     metrics["layers"] = rows[0]["total"]
-    device = next(model.parameters()).device
-    where = environment(device) | {"precision": precision_name(pick_precision(precision, device))}
+    where = execution_facts(next(model.parameters()).device, plan.settings)
     return write_record(identity, metrics, data=record.data, history=rows, execution=where, runs=runs)
 
 
@@ -108,3 +105,16 @@ def row_at(rows: Sequence[Mapping[str, Any]], threshold: float) -> Mapping[str, 
         if row["threshold"] == threshold:
             return row
     raise ValueError(f"no row at threshold {threshold}; there are {[row['threshold'] for row in rows]}")
+
+
+def plan_from_snapshots(record: Record, threshold: float) -> FoldPlan:
+    """The plan for a record's network from the coefficients beside it, at the end of training; its weights are not needed.
+
+    Clusters, schedule and loops are those of the network; the scales are not, since they depend on templates.
+    """
+    model = models.build(Network.parse(record.network).narrowed())
+    last = {name: snapshots[-1] for name, snapshots in record.similarity().coefficients.items()}
+    with torch.no_grad():
+        for name, bank in banks(model).items():
+            bank.coefficients.copy_(torch.from_numpy(last[name]))
+    return plan_fold(model, threshold)

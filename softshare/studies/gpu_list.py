@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..models import Network
 from ..speed.benchmark import default_output, load_benchmark
 from ..training.processor import processor_name
 from . import costs
 from .recipes import RECIPES, make_plan, study_of
-from .records import find_records, runs_folder, slug
+from .records import record_path
 from .running import checkpoints_folder
+from .study import Plan
 
 _WORTH_BEGINNING = 300.0  # seconds
 
@@ -110,7 +112,7 @@ def entries() -> list[Entry]:
         found.append(Entry(f"fewer parameters at equal width, seed {seed}", pair))
     found.append(Entry("similarity and folding", (Job("SWRN 40-8-8", 0),)))
     found += [Entry("width 10 with cutout", (Job(name, 0),)) for name in ("WRN 28-10 cutout", "SWRN 28-10-2 cutout")]
-    dropout = [name for name in RECIPES if name.endswith("*")]
+    dropout = [recipe.name for recipe in RECIPES.values() if Network.parse(recipe.network).dropout]
     for data in ("cifar10", "cifar100"):
         found += [Entry("dropout rows", (Job(name, 0, data=data),)) for name in dropout]
     return found
@@ -147,10 +149,7 @@ class _List:
                 if not entry.jobs:
                     self.benchmark(entry)
                     continue
-                waiting = [job for job in entry.jobs if not recorded(job, self.places)]
-                for job in entry.jobs:
-                    if job not in waiting:
-                        self.tell(entry, str(job), "has its record")
+                waiting = self.waiting(entry)
                 needs = sum(still_needs(job, self.places, self.speed) for job in waiting)
                 needs /= self.places.parallel if entry.small else 1
                 if waiting and needs > self.left():
@@ -165,6 +164,19 @@ class _List:
         for title, what, outcome in self.outcomes:
             print(f"{title:50} {what[:34]:34} {outcome}")
         return int(any(outcome.startswith("failed") for _, _, outcome in self.outcomes))
+
+    def waiting(self, entry: Entry) -> list[Job]:
+        """The jobs of an entry that have no record yet and whose data are at hand."""
+        found = []
+        for job in entry.jobs:
+            try:
+                if recorded(job, self.places):
+                    self.tell(entry, str(job), "has its record")
+                else:
+                    found.append(job)
+            except FileNotFoundError as error:
+                self.tell(entry, str(job), f"failed: {error}")
+        return found
 
     def tell(self, entry: Entry, what: str, outcome: str) -> None:
         self.outcomes.append((entry.title, what, outcome))
@@ -199,27 +211,27 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _path(job: Job, places: Places) -> tuple[Plan, Path]:
+    """The plan of a job, and where its record is found or will be."""
+    plan = make_plan(job.recipe, "fast" if places.rehearse else job.profile, job.seed, places.rehearse)
+    study = study_of(plan)
+    fingerprint = study.fingerprint(plan, None if places.rehearse else job.data, places.download)
+    return plan, record_path(study.identity(plan, fingerprint), places.runs)
+
+
 def still_needs(job: Job, places: Places, speed: float | None) -> float:
     """Expected seconds of a job, less what a checkpoint of it has behind it."""
-    profile = "fast" if places.rehearse else job.profile
-    plan = make_plan(job.recipe, profile, job.seed, places.rehearse)
-    steps = plan.settings.epochs * math.ceil(costs.examples_per_epoch(plan) / plan.settings.batch_size)
-    folder = checkpoints_folder(Path(f"{slug(job.recipe)}-{profile}-s{job.seed}-"), places.checkpoints)
-    found = [int(path.name[5:13]) for path in folder.parent.glob(f"{folder.name}*/step-*.safetensors")]
+    plan, path = _path(job, places)
+    steps = plan.settings.epochs * math.ceil(study_of(plan).examples(plan) / plan.settings.batch_size)
+    folder = checkpoints_folder(path, places.checkpoints)
+    found = [int(path.name[5:13]) for path in folder.glob("step-*.safetensors")]
     share = min(1.0, max(found, default=0) / steps)
     return (1 - share) * costs.expected_seconds(plan, places.device.startswith("cuda"), speed)
 
 
 def recorded(job: Job, places: Places) -> bool:
-    """Whether a job has its record: of the recipe as it is planned now, on its data set in whatever edition."""
-    profile = "fast" if places.rehearse else job.profile
-    plan = make_plan(job.recipe, profile, job.seed, places.rehearse)
-    title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(job.data or "".join(plan.recipe.data[:1]))
-    return any(
-        record.identity == study_of(plan).identity(plan, record.identity.fingerprint)
-        and (title is None or places.rehearse or record.data["source"].split(" (")[0] == title)
-        for record in find_records(runs_folder(places.runs, profile), job.recipe, profile)
-    )
+    """Whether a job has its record, on the data that are at hand here."""
+    return _path(job, places)[1].exists()
 
 
 def _benchmark_output(places: Places) -> Path | None:

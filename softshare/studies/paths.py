@@ -8,9 +8,8 @@ ours. Found so far: see the page Results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +17,15 @@ from torch import Tensor, nn
 
 from ..models import Network
 from ..shortest_path import PHASES, Grids, curriculum, generate, rectangle_rule, scores_beside_the_rule
-from ..training.devices import pick_precision, precision_name
-from ..training.environment import environment
 from ..training.evaluation import evaluate, with_reestimated_statistics
 from ..training.settings import Settings
 from ..training.tasks import Curriculum, ShortestPaths
-from .records import Identity, Record, write_record
-from .study import Plan, Recipe, Study, Tasks
+from .study import REESTIMATED_ON, Plan, Recipe, Study, Tasks
 
 SCORES = ("exact", "f1", "hard_exact", "hard_f1")
 """What is measured of answers, see `softshare.shortest_path.scores_beside_the_rule`."""
 
-TRANSFER_VERSION = 1
-
 _CURRICULUM = "figure of the shortest-path curriculum"
-_REESTIMATED_ON = 1_000  # training grids
 
 
 class Paths(Study):
@@ -70,7 +63,8 @@ class Paths(Study):
         return found
 
     def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
-        network, sizes = Network.parse(recipe.network), dict(self.defaults["sizes"])
+        network = Network.parse(recipe.network)
+        sizes: dict[str, Any] = {"side": 32, "boxes": list(PHASES), "obstacles": 0.1, "train": 5_000, "held_out": 1_000}
         per_phase = {"fast": 3, "gpu": 25, "short": 10, "paper": 50}[profile]
         if profile == "fast":  # more obstacles, since small grids leave little room to search
             network = network.narrowed()
@@ -98,6 +92,19 @@ class Paths(Study):
         settings = replace(plan.settings, epochs=2, batch_size=100, cycle=1, milestones=())
         return replace(plan, network=plan.network.narrowed(8), sizes=sizes, settings=settings)
 
+    def data_told(self, recipe: Recipe) -> str:
+        return "generated"
+
+    def examples(self, plan: Plan) -> int:
+        return int(plan.sizes["train"])
+
+    def fingerprint(self, plan: Plan, data: str | None = None, download: bool = False) -> str:
+        return f"training seeds from {100 * plan.seed}"
+
+    def sample(self, plan: Plan, tasks: Tasks) -> Tensor:
+        assert isinstance(tasks.train, Curriculum)
+        return sample_of(tasks.train, len(tasks.train.phases))
+
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
         """The curriculum, and unseen grids of its last phase; held-out grids are the same for all seeds and networks."""
         if data is not None:
@@ -111,8 +118,8 @@ class Paths(Study):
         ]
         task = Curriculum(phases, plan.settings.epochs // len(boxes))
         test = ShortestPaths(phases[-1].train, grids_of(plan, sizes["held_out"], boxes[-1], 2**62 + 2**32))
-        data_facts = {"source": "shortest paths, generated", "fingerprint": f"training seeds from {first}"}
-        return Tasks(task, test, data_facts, None)
+        facts = {"source": "shortest paths, generated", "fingerprint": self.fingerprint(plan)}
+        return Tasks(task, test, facts, None)
 
     def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[PhaseScores]:
         assert isinstance(tasks.train, Curriculum)
@@ -125,9 +132,9 @@ class Paths(Study):
         re-estimated BatchNorm statistics; "rule2_exact": the rectangle rule's; "exact", "reestimated_exact": on test grids.
         """
         (scores,), precision = watchers, plan.settings.precision
-        settled = with_reestimated_statistics(model, scores.sample(len(scores.task.phases)), precision)
+        fresh = with_reestimated_statistics(model, self.sample(plan, tasks), precision)
         found = scores.metrics() | evaluate(model, tasks.test, precision)
-        return found | {f"reestimated_{key}": value for key, value in evaluate(settled, tasks.test, precision).items()}
+        return found | {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
 
     def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[PhaseScores]) -> list[dict[str, Any]]:
         """With "phase" and, with statistics re-estimated after each epoch, "reestimated_exact" and so on."""
@@ -140,6 +147,11 @@ def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -
     return generate(n, side or plan.sizes["side"], box, plan.sizes["obstacles"], seed)
 
 
+def sample_of(task: Curriculum, phase: int) -> Tensor:
+    """Training grids of a phase (from 1) on which statistics are re-estimated."""
+    return task.phases[phase - 1].train.inputs[:REESTIMATED_ON].float()
+
+
 class PhaseScores:
     """Scores with re-estimated statistics after each epoch, and on each phase's grids before training on them.
 
@@ -150,17 +162,13 @@ class PhaseScores:
         self.task, self.precision = task, precision
         self.found: list[list[float]] = []  # rows of epoch, phase (from 1), and SCORES
 
-    def sample(self, phase: int) -> Tensor:
-        """Training grids of a phase (from 1) on which statistics are re-estimated."""
-        return self.task.phases[phase - 1].train.inputs[:_REESTIMATED_ON].float()
-
     def __call__(self, model: nn.Module, epoch: int) -> None:
         phases = self.task.phases
         # At the end of a phase the network also meets the grids of the next.
         now, then = -(-epoch // self.task.epochs), epoch // self.task.epochs + 1
         for phase in range(max(1, now), min(then, len(phases)) + 1):
-            settled = with_reestimated_statistics(model, self.sample(phase), self.precision)
-            scores = evaluate(settled, phases[phase - 1], self.precision)
+            fresh = with_reestimated_statistics(model, sample_of(self.task, phase), self.precision)
+            scores = evaluate(fresh, phases[phase - 1], self.precision)
             self.found.append([epoch, phase, *(scores[key] for key in SCORES)])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -194,54 +202,3 @@ class PhaseScores:
             for name, scores in (("phase", ends), ("before", before), ("rule", rule)):
                 found |= {f"{name}{phase}_{key}": scores[key] for key in SCORES}
         return found
-
-
-def transfer(
-    records: Mapping[str, Record],
-    networks: Mapping[str, nn.Module],
-    places: Iterable[tuple[int, int]],
-    grids: int = 200,
-    runs: str | Path = "",
-) -> Record:
-    """What trained networks score where they have never been: an analysis that writes a record of its own.
-
-    Args:
-        records: of the runs that trained the networks, by the names of the networks; all of one plan but for the recipe.
-        networks: in eval mode; convolutions run on grids of any side.
-        places: pairs of side and box.
-        grids: of each place.
-
-    Returns:
-        A record whose history has one row per place and network, and for the "rectangle rule": side, box, network and
-        the `SCORES`. `scores_at` reads it.
-    """
-    first, places = next(iter(records.values())), list(places)
-    plan = Paths().plan(_recipe(first), first.profile, first.seed)
-    chosen = {
-        "of": {name: record.identity.hash for name, record in records.items()},
-        "places": [list(place) for place in places],
-        "grids": grids,
-    }
-    name = f"transfer of {', '.join(record.recipe for record in records.values())}"
-    identity = Identity("transfer", TRANSFER_VERSION, name, first.profile, first.seed, "", chosen)
-    rows: list[dict[str, Any]] = []
-    for side, box in places:
-        drawn = grids_of(plan, grids, box, 2**62 + 2**33, side)
-        visit = ShortestPaths(drawn, drawn)
-        found = {name: evaluate(network, visit, plan.settings.precision) for name, network in networks.items()}
-        found["rectangle rule"] = scores_beside_the_rule(rectangle_rule(drawn.inputs), drawn)
-        for name, scores in found.items():
-            rows.append({"side": side, "box": box, "network": name} | {key: scores[key] for key in SCORES})
-    device = next(next(iter(networks.values())).parameters()).device
-    where = environment(device) | {"precision": precision_name(pick_precision(plan.settings.precision, device))}
-    return write_record(identity, {"places": len(places)}, history=rows, execution=where, runs=runs)
-
-
-def _recipe(record: Record) -> Recipe:
-    return next(recipe for recipe in Paths().recipes() if recipe.name == record.recipe)
-
-
-def scores_at(record: Record, side: int, box: int) -> dict[str, dict[str, float]]:
-    """From a record of `transfer` the `SCORES` at one place by network."""
-    rows = [row for row in record.history if (row["side"], row["box"]) == (side, box)]
-    return {row["network"]: {key: row[key] for key in SCORES} for row in rows}

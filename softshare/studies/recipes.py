@@ -17,7 +17,7 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for study in STUDIES.values() 
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of a name; ``, cutout`` and spaces may be written as people do. Raises ValueError for an unknown one."""
-    plain = " ".join(str(name).replace(",", " ").split())
+    plain = " ".join(str(name).replace(",", " ").split()).replace(" *", "*")
     if plain not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[plain]

@@ -82,10 +82,6 @@ class Identity:
         """The name of its file, without an ending."""
         return f"{slug(self.recipe)}-{self.profile}-s{self.seed}-{self.hash}"
 
-    def on(self, fingerprint: str) -> Identity:
-        """The same run on other data."""
-        return Identity(**{**asdict(self), "fingerprint": fingerprint})
-
 
 @dataclass(frozen=True)
 class Record:
@@ -210,6 +206,25 @@ def write_record(
         record["snapshots"] = files.file_checksum(path.with_suffix(".npz"))
     files.write_json(path, record)
     return read_record(path)
+
+
+def write_findings(
+    name: str,
+    profile: str,
+    seed: int,
+    metrics: Mapping[str, Any],
+    of: Sequence[Record] = (),
+    runs: str | Path = "",
+    **chosen: Any,
+) -> Record:
+    """Write what somebody measured on top of runs, under a name of their own; `of` are the records that it rests on.
+
+    What else decides it is given by name, as JSON.
+    """
+    chosen |= {"of": [record.identity.hash for record in of]} if of else {}
+    data = of[0].data if of else {}
+    identity = Identity("findings", 1, name, profile, seed, "", chosen, data.get("fingerprint", ""))
+    return write_record(identity, metrics, data=data, runs=runs)
 
 
 def read_record(path: str | Path) -> Record:

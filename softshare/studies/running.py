@@ -15,12 +15,12 @@ from torch import nn
 from .. import files, models
 from ..training import distributed
 from ..training.checkpoints import read_checkpoint
-from ..training.devices import pick_device
+from ..training.devices import convolution_kernels, pick_device
 from ..training.loop import fit
 from ..training.recorder import SimilarityRecorder
 from .recipes import make_plan, study_of
 from .records import Record, read_record, record_path, write_record
-from .study import Plan, Tasks
+from .study import Plan, Study, Tasks
 
 
 def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
@@ -46,9 +46,11 @@ def run(
 ) -> Record:
     """The record of a run: found where it was run before, else made by `train`, which takes the same arguments."""
     plan = make_plan(name, profile, seed, rehearse)
-    tasks = study_of(plan).tasks(plan, data, download)
-    path = record_path(study_of(plan).identity(plan, tasks.data["fingerprint"]), runs)
-    return read_record(path) if path.exists() else _train(plan, tasks, runs=runs, **options)[0]
+    study = study_of(plan)
+    path = record_path(study.identity(plan, study.fingerprint(plan, data, download)), runs)
+    if path.exists() and not options.get("again"):
+        return read_record(path)
+    return _train(plan, study.tasks(plan, data, download), runs=runs, **options)[0]
 
 
 def train(
@@ -62,6 +64,9 @@ def train(
     **options: Any,
 ) -> tuple[Record, nn.Module]:
     """The record of a run and its network with the trained weights, in eval mode: trained unless both are at hand.
+
+    Where the record is at hand and the weights are not, nothing is trained: it may take days, and a committed record must
+    not be replaced unasked.
 
     A run that was killed goes on from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
     Under ``torchrun`` all its processes train together.
@@ -84,7 +89,7 @@ def train(
 
     Raises:
         ValueError: an unknown recipe, profile or data set.
-        FileNotFoundError: there is no copy of the data.
+        FileNotFoundError: there is no copy of the data, or a record without its weights.
     """
     plan = make_plan(name, profile, seed, rehearse)
     return _train(plan, study_of(plan).tasks(plan, data, download), **options)
@@ -112,9 +117,8 @@ def _train(
         if again:
             _clear(folder)
         elif path.exists():
-            with contextlib.suppress(FileNotFoundError):
-                record = read_record(path)
-                return record, trained(record, checkpoints).to(place)
+            record = read_record(path)
+            return record, trained(record, checkpoints).to(place)
         model = study.network(plan, tasks.classes)
         similarity = SimilarityRecorder(plan.recipe.dense_epochs, per_epoch=20)
         watchers = study.watchers(plan, tasks)
@@ -126,13 +130,14 @@ def _train(
             f"last_{key}": value for key, value in history[-1].items() if key not in ("epoch", "rate", "seconds")
         }
         metrics["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        metrics |= study.measure(model, plan, tasks, watchers)
+        with convolution_kernels(place, plan.settings.tf32):
+            metrics |= study.measure(model, plan, tasks, watchers)
         if distributed.rank() == 0:
             write_record(
                 identity,
                 metrics,
                 data=tasks.data,
-                config=plan.config(),
+                config=study.used(plan, tasks),
                 history=study.rows(history, watchers),
                 execution=history.execution | {"seconds": round(sum(row["seconds"] for row in history), 3)},
                 similarity=similarity,
@@ -165,7 +170,7 @@ def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     else:
         raise FileNotFoundError(
             f"no checkpoint of the end of {record.path.name} is in {folder}; records travel, checkpoints do not. To train "
-            "it again, move the record away and run the recipe"
+            "it again, move the record away and run the recipe, or call train(..., again=True)"
         )
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     classes = len(state["classifier.bias"]) if "classifier.bias" in state else None
@@ -174,10 +179,23 @@ def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     return model.eval()
 
 
+def plan_of(record: Record) -> tuple[Study, Plan]:
+    """The study and plan of a record. Raises ValueError if its recipe is planned otherwise now."""
+    for rehearse in (False, True):
+        plan = make_plan(record.recipe, record.profile, record.seed, rehearse)
+        study = study_of(plan)
+        if study.identity(plan, record.identity.fingerprint) == record.identity:
+            return study, plan
+    raise ValueError(f"{record.path.name} is not of {record.recipe} as it is planned now; run the recipe again")
+
+
 def tasks_of(record: Record, data: str | None = None) -> Tasks:
-    """The tasks of a record's run, to test its network once more. Raises ValueError if the data here are others."""
-    plan = make_plan(record.recipe, record.profile, record.seed)
-    tasks = study_of(plan).tasks(plan, data)
+    """The tasks of a record's run, to test its network once more.
+
+    Raises ValueError if the data here are others, or the recipe is planned otherwise now.
+    """
+    study, plan = plan_of(record)
+    tasks = study.tasks(plan, data)
     if tasks.data != record.data:
         raise ValueError(f"the record {record.path.name} is of {record.data}, here are {tasks.data}")
     return tasks

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from ..models import Network
 from ..training.settings import Settings
 from ..training.tasks import Task
 from .records import Identity
+
+REESTIMATED_ON = 1_000
+"""Training examples on which BatchNorm statistics are re-estimated."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Plan:
     """A recipe in one profile with one seed, everything chosen.
 
     Attributes:
-        network: the one that is built; in profiles "fast" and "gpu" a narrow relative of the recipe's.
+        network: the one that is built; in small profiles a narrow relative of the recipe's.
         settings: schedule and execution.
         sizes: JSON; numbers of examples, sides, phases.
         augmentation: JSON; what is done to training images.
@@ -101,8 +104,8 @@ class Study(ABC):
         name: of the study, as records have it.
         version: raised when the meaning of its training changes, so that older records are not taken for new ones.
         defaults: by part of a plan ("sizes", "augmentation", "schedule") the values that are left out of identities. They
-            belong to the version: they stay as they are when a default elsewhere changes, and a setting that is added
-            later gets its old meaning written here, so that no identity changes.
+            belong to the version and are used for nothing else: they stay as they are when a plan or a default elsewhere
+            changes, and a setting that is added later gets its old meaning written here, so that no identity changes.
     """
 
     name: str
@@ -118,6 +121,18 @@ class Study(ABC):
         """A recipe with everything chosen."""
 
     @abstractmethod
+    def fingerprint(self, plan: Plan, data: str | None = None, download: bool = False) -> str:
+        """Of the data that `tasks` would take, without making tasks of them."""
+
+    @abstractmethod
+    def examples(self, plan: Plan) -> int:
+        """Training examples of an epoch, as far as the plan tells; of whole data sets their published number."""
+
+    def data_told(self, recipe: Recipe) -> str:
+        """What a recipe is run on, in a few words."""
+        return ", ".join(recipe.data)
+
+    @abstractmethod
     def rehearsal(self, plan: Plan) -> Plan:
         """A plan of the same kind at toy sizes: every step is executed, in seconds."""
 
@@ -129,6 +144,19 @@ class Study(ABC):
     @abstractmethod
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
         """What a plan is trained and tested on; `data` names other data than the recipe's first."""
+
+    def used(self, plan: Plan, tasks: Tasks) -> dict[str, dict[str, Any]]:
+        """The plan's `config` as it was carried out: where it leaves something to the data, what that came to."""
+        return plan.config()
+
+    def sample(self, plan: Plan, tasks: Tasks) -> Tensor:
+        """At most 1,000 training inputs (n, ...) for re-estimating BatchNorm statistics, as seen at the end of training.
+
+        Drawn at random, since a data set may be sorted by class and statistics of one class fit no other.
+        """
+        order = torch.randperm(tasks.train.size, generator=torch.Generator().manual_seed(plan.seed))
+        parts = order[:REESTIMATED_ON].split(250)
+        return torch.cat([inputs.float() for inputs, _ in tasks.train.batches(parts, plan.seed, 1)])
 
     def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[Any]:
         """Callbacks for `fit` that measure while it trains."""

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import bundled_folder
+from ..similarity import initial_similarity
 from ..speed.benchmark import load_benchmark
+from . import folding
 from .recipes import RECIPES, make_plan, study_of
 from .records import Record
 
 TABLES = ("cifar", "imagenet", "search")
 
 NOT_RUN = "not run"
+NOT_SEEN = "never"
 
 
 def paper_table(name: str) -> list[dict[str, str]]:
@@ -54,7 +57,7 @@ def measured(records: Sequence[Record], recipe: str, metric: str, data: str, dig
         for record in records
         if record.recipe == recipe
         and is_planned(record, "paper")
-        and record.data.get("source", "").split(" (")[0] == data
+        and of_data(record, data)
         and metric in record.metrics
     }
     sources = sorted({source for source, _ in runs})
@@ -66,6 +69,17 @@ def measured(records: Sequence[Record], recipe: str, metric: str, data: str, dig
     values = list(runs.values())
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)} run{'s' * (len(values) > 1)}, paper, {sources[0]})"
+
+
+WHOLE = {"CIFAR-10": (50_000, 10_000), "CIFAR-100": (50_000, 10_000), "ImageNet": (1_281_167, 50_000)}
+"""Training and test images of the published data sets."""
+
+
+def of_data(record: Record, data: str) -> bool:
+    """Whether a record is of a data set, in whatever edition ("CIFAR-10 (JPEG)"), and of images the whole of it."""
+    sizes = record.config.get("sizes", {})
+    whole = WHOLE.get(data) in (None, (sizes.get("train"), sizes.get("test")))
+    return whole and record.data.get("source", "").split(" (")[0] == data
 
 
 def is_planned(record: Record, profile: str) -> bool:
@@ -135,6 +149,37 @@ def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, st
         found = {measured([record], record.recipe, f"rule{number}_exact", data, 3) for record in records} - {NOT_RUN}
         rule[phase] = sorted(found)[0].split(" ")[0] if found else NOT_RUN
     return [*rows, rule]
+
+
+def structure(records: Sequence[Record], recipe: str = "SWRN 40-8-8", threshold: float = 0.8) -> list[dict[str, str]]:
+    """How alike layers have become in runs of a network, a row per run and stage, whatever the profile; fast ones aside.
+
+    Beside the largest similarity of a pair stands the 95th percentile of what random directions give, and beside the plan at
+    a threshold the first epoch after which some pair reaches it.
+    """
+    rows = []
+    for record in records:
+        if record.recipe != recipe or record.profile == "fast" or not record.snapshots:
+            continue
+        recorder = record.similarity()
+        plan = folding.plan_from_snapshots(record, threshold)
+        for group in plan.groups:
+            largest = recorder.largest()[group.name]
+            reached = next(
+                (step for step, value in zip(recorder.steps, largest, strict=True) if value >= threshold), None
+            )
+            chance = initial_similarity(len(group.layers), group.templates, "normal").quantile(0.95)
+            rows.append(
+                {
+                    "run": f"{record.network}, {record.profile}, {record.config['schedule']['epochs']} epochs, "
+                    f"seed {record.seed}, {record.data['source']}",
+                    "largest similarity": f"{largest[-1]:.2f}",
+                    "random directions, 95%": f"{float(chance):.2f}",
+                    f"first at {threshold:g} (epoch)": NOT_SEEN if reached is None else f"{reached:.3g}",
+                    f"plan at {threshold:g}": str(group),
+                }
+            )
+    return rows
 
 
 def as_text(rows: Sequence[Mapping[str, str]], caption: str) -> str:

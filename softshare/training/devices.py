@@ -61,5 +61,15 @@ def convolution_kernels(device: torch.device, tf32: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):  # type: ignore[no-untyped-call]
+    try:
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32)  # type: ignore[no-untyped-call]
+        flags.__enter__()
+    except RuntimeError as error:  # PyTorch refuses to mix its old and its new switches
+        raise ValueError(
+            "TF32 was set by torch.backends.fp32_precision or one of its kin, which cannot be told from here; reset it to "
+            f'"none" and use Settings(tf32=...) ({error})'
+        ) from error
+    try:
         yield
+    finally:
+        flags.__exit__(None, None, None)

@@ -6,6 +6,7 @@ Nothing here is needed with one process: every function then says so at once.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -72,8 +73,10 @@ def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     # Buffers are agreed on at the end of each epoch, so they need not be sent at every step.
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    parallel = nn.parallel.DistributedDataParallel
+    newer = "forward_sync_buffers" in inspect.signature(parallel.__init__).parameters  # PyTorch's later word for it
+    silent: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return parallel(model, device_ids=[device.index] if device.type == "cuda" else None, **silent)
 
 
 def own_part(indices: Tensor) -> tuple[Tensor, float]:

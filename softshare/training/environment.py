@@ -15,13 +15,13 @@ import torch
 
 from .. import files
 from . import distributed
-from .devices import precision_name
+from .devices import pick_precision, precision_name
 from .processor import processor_name
 from .settings import Settings
 
 REVISION = "SOFTSHARE_REVISION"
-"""The environment variable that names the revision where there is no git: a commit, with "+changes" behind it if the code
-was changed since."""
+"""The environment variable that names the revision where git does not: a commit, with "+changes" behind it if the code was
+changed since."""
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -44,11 +44,16 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def _revision() -> dict[str, Any]:
-    """The checkout's commit and whether it has uncommitted changes; where there is no git what `REVISION` says, or None."""
+    """The checkout's commit and whether it has uncommitted changes.
+
+    Where there is no git, or it knows only an older commit than the files are of (a copy brought up to date by other means),
+    what `REVISION` says; None if it says nothing.
+    """
     top = files.checkout()
-    if top is not None and (found := _git(top)) is not None:
-        return found
+    found = None if top is None else _git(top)
     given = os.environ.get(REVISION, "").strip()
+    if found and (not found["dirty"] or not given):
+        return found
     commit = given.removesuffix("+changes")
     return {"revision": commit or None, "dirty": given != commit if commit else None}
 
@@ -70,26 +75,46 @@ def _git(top: os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
 
+def execution_facts(device: torch.device, settings: Settings) -> dict[str, Any]:
+    """The `environment` with what the execution of `settings` comes to on a device: precision, TF32, memory format.
+
+    "tf32" is whether convolutions in float32 may round their inputs to TF32.
+    """
+    dtype = pick_precision(settings.precision, device)
+    return environment(device) | {
+        "precision": precision_name(dtype),
+        "tf32": settings.tf32 and device.type == "cuda" and dtype is torch.float32,
+        "channels_last": settings.channels_last,
+    }
+
+
 class Execution:
     """How a run is carried out, as a record has it; earlier processes of the same run, known from checkpoints, included.
 
     Attributes:
-        now: of this process: its `environment`, precision in use, TF32, whether the model is compiled.
+        now: of this process, or of process 0 for all: `execution_facts`, whether the model is compiled, how many processes
+            train together, and as "others" the same of these.
         earlier: the same of the processes before, where the run was interrupted.
+        after: of a process that found the training finished and only measured; None where none did.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
-        self.now: dict[str, Any] = environment(device) | {
-            "precision": precision_name(dtype),
-            "tf32": settings.tf32 and device.type == "cuda" and dtype is torch.float32,
-            "channels_last": settings.channels_last,
-            "compiled": False,
-            "processes": distributed.world_size(),
-        }
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        self.now = execution_facts(device, settings) | {"compiled": False, "processes": distributed.world_size()}
         others = distributed.gathered(self.now)[1:]
         if others:
             self.now["others"] = others
         self.earlier: list[dict[str, Any]] = []
+        self.after: dict[str, Any] | None = None
+
+    def compiled(self, outcome: bool | str) -> None:
+        """Note what became of compiling; all processes decide that together."""
+        for each in (self.now, *self.now.get("others", ())):
+            each["compiled"] = outcome
+
+    def finished(self, states: list[dict[str, Any]]) -> None:
+        """Nothing is left to be trained: those who did it are known from a checkpoint's `states`."""
+        self.after = self.now
+        *self.earlier, self.now = states
 
     def follow(self, before: list[dict[str, Any]]) -> None:
         """Take up what `states` of the process before has told; a warning says if the precision is another one."""
@@ -107,5 +132,6 @@ class Execution:
         return [*self.earlier, self.now]
 
     def record(self) -> dict[str, Any]:
-        """JSON for a record: this process, and those before it as "earlier" if there were any."""
-        return self.now | ({"earlier": self.earlier} if self.earlier else {})
+        """JSON for a record: who trained last, those before as "earlier", and who only measured as "measured by", if any."""
+        found = self.now | ({"earlier": self.earlier} if self.earlier else {})
+        return found | ({"measured by": self.after} if self.after else {})

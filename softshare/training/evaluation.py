@@ -40,10 +40,13 @@ def with_reestimated_statistics(
     """A copy in eval mode whose BatchNorm statistics are re-estimated on inputs (N, ...), on the model's device.
 
     Running statistics follow the weights with a delay, so at a high rate scores jump from epoch to epoch; and after a fold
-    they describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples.
+    they describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples;
+    dropout, if there is any, draws the same numbers at each call, and the default random generators are left as they were.
     """
     model = copy.deepcopy(model)
     device = next(model.parameters()).device
-    with autocast(device, pick_precision(precision, device)):
-        update_bn((some.to(device) for some in inputs.split(batch)), model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        with autocast(device, pick_precision(precision, device)):
+            update_bn((some.to(device) for some in inputs.split(batch)), model)
     return model.eval()

@@ -145,7 +145,7 @@ class _Run:
         self.stepper = Stepper(model, task, settings, device, self.dtype)
         if settings.compile is None:
             self.stepper.wanted = device.type == "cuda" and self.steps * settings.epochs >= 1000
-        self.execution = Execution(device, self.dtype, settings)
+        self.execution = Execution(device, settings)
         self.order = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
         self.folder = RunFolder(folder, self._identity(), pause)
@@ -217,7 +217,7 @@ class _Run:
 
     def _end_epoch(self, task: Task, rate: float) -> None:
         settings, epoch = self.settings, self.epoch
-        self.execution.now["compiled"] = self.stepper.outcome
+        self.execution.compiled(self.stepper.outcome)
         sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64)
         sizes[-1] = task.size - settings.batch_size * (self.steps - 1)
         row = {
@@ -267,7 +267,7 @@ class _Run:
         for number, callback in enumerate(self.callbacks):
             if hasattr(callback, "state_dict"):
                 tensors |= {f"callback.{number}.{name}": value for name, value in callback.state_dict().items()}
-        self.execution.now["compiled"] = self.stepper.outcome
+        self.execution.compiled(self.stepper.outcome)
         facts = {
             "epoch": self.epoch,
             "step": self.step,
@@ -312,8 +312,8 @@ class _Run:
             raise ValueError(f"epoch {self.epoch}, step {self.step}, {len(self.history)} epochs of history")
         if self.epoch <= self.settings.epochs:
             self.execution.follow(facts["execution"])
-        else:  # nothing is left to be done here: the record tells who did it
-            *self.execution.earlier, self.execution.now = facts["execution"]
+        else:
+            self.execution.finished(facts["execution"])
         if distributed.rank() == 0:
             torch.set_rng_state(tensors["random.cpu"])
             if self.device.type == "cuda" and "random.cuda" in tensors:

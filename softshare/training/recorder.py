@@ -62,6 +62,10 @@ class SimilarityRecorder:
             for name, snapshots in self.coefficients.items()
         }
 
+    def largest(self) -> dict[str, np.ndarray]:
+        """The largest similarity of a pair of layers over time by group name, (snapshots,)."""
+        return {name: largest_pair(matrices) for name, matrices in self.matrices().items()}
+
     def every(self, step: float) -> SimilarityRecorder:
         """The snapshots at multiples of `step` alone, so equally far apart where some were taken more densely."""
         kept = SimilarityRecorder()
@@ -103,3 +107,9 @@ class SimilarityRecorder:
         except Exception as error:
             raise ValueError(f"{path} is not a similarity record: {error}") from error
         return recorder
+
+
+def largest_pair(matrices: np.ndarray) -> np.ndarray:
+    """The largest similarity between two different layers, (snapshots, L, L) to (snapshots,); 0 for a single layer."""
+    pairs = ~np.eye(matrices.shape[-1], dtype=bool)
+    return np.asarray(matrices[:, pairs].max(axis=1, initial=0.0))

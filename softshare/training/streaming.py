@@ -85,6 +85,11 @@ class StreamedImages(Task):
         sizes = "".join(f"{name}\0{os.stat(self.path / name).st_size}\n" for name in images)
         self.fingerprint = hashlib.sha256(os.fsencode(sizes)).hexdigest()
 
+    @property
+    def held_out_size(self) -> int:
+        """Number of held-out images."""
+        return len(self._reader.labels) - self.size
+
     def to(self, device: torch.device) -> StreamedImages:
         moved = copy.copy(self)
         moved.device = torch.device(device)

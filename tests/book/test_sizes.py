@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from softshare import models
-from softshare.studies import Plan, costs, make_plan
+from softshare.studies import Plan, costs, make_plan, study_of
 
 MINUTES, ROOM = 15, 0.9
 OPERATIONS, BANDWIDTH = 65e12 / 4, 320e9  # floating-point operations and bytes a second
@@ -34,7 +34,7 @@ CHAPTERS = {
 
 def seconds(plan: Plan, folds: bool) -> float:
     """The estimate for one training."""
-    examples = costs.examples_per_epoch(plan) * plan.settings.epochs
+    examples = study_of(plan).examples(plan) * plan.settings.epochs
     if folds:  # before folding and at a dozen different plans, in two ways; a pass forward is a third
         examples += 2 * 13 * 10_000 // 3
     side = plan.sizes["side"]

@@ -130,7 +130,7 @@ def test_narrow_relatives(name):
         ("SWRN 28-10-2*", "SWRN 28-1-2*"),
         ("SCNN 100 layers", "SCNN 100 layers width 12"),
         ("ResNeXt-29 16x64", "ResNeXt-29 16x4"),
-        ("DenseNet 190-40", "DenseNet-BC 190-4"),  # still with bottlenecks and compression
+        ("DenseNet 190-40", "DenseNet 190-4"),  # still with bottlenecks and compression
         ("DenseNet 100-24", "DenseNet 100-4"),  # still without
         ("DenseNet-264", "DenseNet-264 width 4"),
         ("ResNet-200", "ResNet-200 width 8"),
@@ -225,12 +225,29 @@ number = st.integers(1, 999)
 @given(depth=number, width=number, shared=st.booleans(), templates=number | st.none(), dropout=st.booleans())
 def test_any_wide_resnet_goes_through_its_name(depth, width, shared, templates, dropout):
     assume(depth != 50 or not dropout)
+    layers = (depth - 4) // 3 - 2
+    if templates and depth != 50:
+        assume(templates < layers or layers <= 0)
     network = Network("WRN", depth, width, shared, templates if shared else None, dropout)
     assert parse(str(network)) == network
     assert (
         str(network)
         == f"{'S' * shared}WRN {depth}-{width}" + f"-{templates}" * bool(shared and templates) + "*" * dropout
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("SWRN 28-10-6", "SWRN 28-10"), ("SWRN 28-10-100*", "SWRN 28-10*"), ("SWRN 40-8-10", "SWRN 40-8"),
+     ("SCNN-20", "SCNN"), ("SCNN-100 100 layers", "SCNN 100 layers"), ("SWRN 40-8-9", "SWRN 40-8-9")],
+)  # fmt: skip
+def test_one_template_per_layer_is_one_network_however_it_is_written(name, same):
+    assert str(parse(name)) == same
+
+
+def test_a_name_holds_a_size_or_a_width():
+    with pytest.raises(ValueError, match="a size or a width, not both"):
+        parse("DARTS 3.4M width 4")
 
 
 @given(
@@ -240,7 +257,7 @@ def test_any_wide_resnet_goes_through_its_name(depth, width, shared, templates, 
     templates=number | st.none(),
 )
 def test_any_grid_network_goes_through_its_name(depth, width, shared, templates):
-    assume(templates is None or templates <= depth)
+    assume(templates is None or templates < depth)
     network = Network("CNN", depth, width, shared, templates if shared else None)
     assert parse(str(network)) == network
 

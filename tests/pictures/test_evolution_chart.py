@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from softshare import models, pictures
-from softshare.pictures.evolution_chart import largest_pair
 from softshare.training import SimilarityRecorder
+from softshare.training.recorder import largest_pair
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])

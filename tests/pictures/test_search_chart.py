@@ -107,7 +107,7 @@ def test_networks_are_left_as_they_were_and_refused_in_training_mode():
 def test_an_answer_after_some_layers_is_that_of_the_network_cut_there(templates):
     network = models.gridnet(5, 4, templates).eval()
     inputs = generate(3, 9, 7, 0.2).inputs
-    answers = pictures.answers_by_layer(network, inputs)
+    answers = network.answers_by_layer(inputs)
     assert answers.shape == (3, 6, 9, 9) and answers.dtype is torch.bool and not answers.is_inference()
     stages = [network.stem, *network.layers]
     with torch.no_grad():
@@ -116,6 +116,6 @@ def test_an_answer_after_some_layers_is_that_of_the_network_cut_there(templates)
             features = torch.nn.Sequential(*stages[: layers + 1])(inputs.float())
             assert torch.equal(answers[:, layers], network.head(features).squeeze(1) > 0)
     with pytest.raises(ValueError, match=r"\(N, 2, H, W\), got \(2, 9, 9\)"):
-        pictures.answers_by_layer(network, inputs[0])
+        network.answers_by_layer(inputs[0])
     with pytest.raises(ValueError, match="evaluation mode"):
-        pictures.answers_by_layer(network.train(), inputs)
+        network.train().answers_by_layer(inputs)

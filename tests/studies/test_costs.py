@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from softshare.studies import costs, make_plan
+from softshare.studies import costs, make_plan, study_of
 
 
 def test_a_longer_schedule_costs_in_proportion():
     short, paper = (costs.expected_seconds(make_plan("WRN 28-10", profile), gpu=True) for profile in ("short", "paper"))
     assert paper / short == pytest.approx(200 / 30)
-    assert costs.examples_per_epoch(make_plan("WRN 28-10", "gpu")) == 45_000
-    assert costs.examples_per_epoch(make_plan("SWRN 50-2", "paper")) == 1_281_167
+    assert study_of(plan := make_plan("WRN 28-10", "gpu")).examples(plan) == 45_000
+    assert study_of(plan := make_plan("SWRN 50-2", "paper")).examples(plan) == 1_281_167
 
 
 def test_a_wide_network_by_hand():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from softshare.studies import RECIPES, find_records, gpu_list, make_plan, study_of, write_record
+from softshare.studies import RECIPES, STUDIES, find_records, gpu_list, make_plan, study_of, write_record
 from softshare.studies.gpu_list import Entry, Job, Places
 
 
@@ -29,8 +29,16 @@ def test_the_order_is_that_of_value():
         make_plan(job.recipe, job.profile, job.seed)
 
 
+@pytest.fixture
+def images(monkeypatch):
+    """As if both CIFAR data sets were at hand."""
+    monkeypatch.setattr(
+        STUDIES["cifar"], "fingerprint", lambda plan, data=None, download=False: f"{data}", raising=False
+    )
+
+
 @pytest.mark.parametrize(("minutes", "chosen"), [(1, []), (30, ["curriculum"]), (80, ["curriculum", "similarity"])])
-def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch):
+def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch, images):
     """At the assumed speed the curriculum takes minutes side by side, SWRN 40-8-8 three quarters of an hour."""
     done, clock = [], [0.0]
     monkeypatch.setattr(gpu_list.time, "monotonic", lambda: clock[0])
@@ -51,34 +59,47 @@ def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch
     assert done[: len(chosen)] == chosen and len(done) <= len(chosen) + 1
 
 
-def test_what_a_checkpoint_has_behind_it_is_not_needed_again(tmp_path):
+def test_what_a_checkpoint_has_behind_it_is_not_needed_again(tmp_path, images):
     places, job = Places("cuda", "", tmp_path), Job("SWRN 28-14-2*", 3, data="cifar100")
     whole = gpu_list.still_needs(job, places, None)
-    folder = tmp_path / "swrn-28-14-2-dropout-paper-s3-0123456789ab"
+    plan = make_plan("SWRN 28-14-2*", "paper", 3)
+    folder = tmp_path / study_of(plan).identity(plan, "cifar100").stem
     folder.mkdir()
     (folder / f"step-{391 * 150:08d}-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors").touch()
     assert gpu_list.still_needs(job, places, None) == pytest.approx(whole / 4)
+    # Neither another seed nor another data set has it behind it.
     assert gpu_list.still_needs(job._replace(seed=4), places, None) == whole
+    assert gpu_list.still_needs(job._replace(data="cifar10"), places, None) == whole
 
 
-def test_only_the_same_run_on_the_same_data_counts_as_done(tmp_path):
-    def write(seed, source, **change):
+def test_only_the_same_run_on_the_same_data_counts_as_done(tmp_path, images):
+    def write(seed, data, **change):
         plan = make_plan("WRN 28-10*", "paper", seed)
         plan = dataclasses.replace(plan, augmentation={**plan.augmentation, **change})
-        write_record(
-            study_of(plan).identity(plan, source), {}, data={"source": source, "fingerprint": source}, runs=tmp_path
-        )
+        facts = {"source": "x", "fingerprint": data}
+        write_record(study_of(plan).identity(plan, data), {}, data=facts, runs=tmp_path)
 
-    def recorded(seed, data):
-        return gpu_list.recorded(Job("WRN 28-10*", seed, data=data), Places(runs=tmp_path))
+    def recorded(seed, data, profile="paper"):
+        return gpu_list.recorded(Job("WRN 28-10*", seed, profile, data), Places(runs=tmp_path))
 
-    write(0, "CIFAR-100")
-    write(1, "digits")
-    write(2, "CIFAR-10", cutout=16)
-    assert recorded(0, "cifar100") and not recorded(0, "cifar10") and not recorded(0, None)
-    assert not recorded(1, None) and not recorded(2, None) and not recorded(5, "cifar100")
-    write(2, "CIFAR-10 (JPEG)")
-    assert recorded(2, None) and recorded(2, "cifar10") and not recorded(2, "cifar100")
+    write(0, "cifar100")
+    write(2, "cifar10", cutout=16)
+    assert recorded(0, "cifar100") and not recorded(0, "cifar10") and not recorded(5, "cifar100")
+    assert not recorded(2, "cifar10") and not recorded(0, "cifar100", "short")
+    write(2, "cifar10")
+    assert recorded(2, "cifar10") and not recorded(2, "cifar100")
+
+
+def test_a_data_set_that_is_not_there_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("both", (Job("WRN 28-6", 0), Job("CNN", 0)))])
+    monkeypatch.setattr(gpu_list, "side_by_side", lambda waiting, *_: [(job, "done") for job in waiting])
+    monkeypatch.setattr("softshare.files.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("SOFTSHARE_DATA", "")
+    assert gpu_list.run_list(60, Places("cuda", tmp_path, tmp_path)) == 1
+    told = capsys.readouterr().out
+    assert (
+        "WRN 28-6, paper, seed 0: failed: profile paper needs the images" in told and "CNN, paper, seed 0: done" in told
+    )
 
 
 def test_the_command_of_a_run(tmp_path, monkeypatch):
@@ -128,17 +149,27 @@ def test_sigterm_ends_the_runs_too(tmp_path):
     while not (found := children()) and time.monotonic() < limit:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=30) == 143 and found
+    assert process.wait(timeout=120) == 143 and found
     assert not any(Path(f"/proc/{child}").exists() for child in found)
 
 
-def test_a_failed_run_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_mistyped_folder_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
     entry = Entry("broken", (Job("WRN 28-6", 0), Job("CNN", 0)))
     monkeypatch.setattr(gpu_list, "entries", lambda: [entry])
     monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
     assert gpu_list.run_list(6, Places(runs=tmp_path, checkpoints=tmp_path / "c", rehearse=True)) == 1
     told = capsys.readouterr().out
-    assert "WRN 28-6, paper, seed 0: failed with status 1" in told and "CNN, paper, seed 0: done after" in told
+    assert (
+        "WRN 28-6, paper, seed 0: failed: " in told and "mistyped" in told and "CNN, paper, seed 0: done after" in told
+    )
+
+
+def test_a_failed_run_is_told_with_its_status(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
+    ((job, outcome),) = gpu_list.side_by_side(
+        [Job("WRN 28-6", 0)], Places(runs=tmp_path, checkpoints=tmp_path), 1, 60.0
+    )
+    assert outcome.startswith("failed with status 1 after")
 
 
 def test_a_run_over_its_limit_is_stopped(forever, tmp_path):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softshare import models, shortest_path
+from softshare import shortest_path
 from softshare.studies import make_plan, paths, study_of, train
 from softshare.training.evaluation import evaluate, with_reestimated_statistics
-from softshare.training.tasks import ShortestPaths
 
 
 def tasks_of(seed):
@@ -60,6 +59,20 @@ def test_each_epoch_is_scored_on_its_phase_and_each_phase_before_it_begins():
     assert again.metrics() == found
 
 
+def test_statistics_are_reestimated_on_the_last_phase():
+    tasks, plan = tasks_of(0), make_plan("SCNN", "fast", 0, rehearse=True)
+    assert torch.equal(study_of(plan).sample(plan, tasks), tasks.train.phases[-1].train.inputs[:1000].float())
+
+
+def test_plans_do_not_share_their_lists():
+    make_plan("SCNN", "paper").sizes["boxes"].append(25)
+    assert (
+        make_plan("SCNN", "paper").sizes["boxes"]
+        == [5, 9, 13, 17, 21]
+        == study_of(make_plan("SCNN", "paper")).defaults["sizes"]["boxes"]
+    )
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -74,21 +87,6 @@ def test_a_record_holds_what_was_seen(pair):
         assert {f"{kind}_{key}" for kind in ("held_out", "reestimated") for key in paths.SCORES} <= set(row)
     assert record.metrics["phase2_exact"] == record.history[-1]["reestimated_exact"]
     tasks = tasks_of(1)
-    settled = with_reestimated_statistics(model, tasks.train.phases[-1].train.inputs[:1000].float(), "float32")
-    assert record.metrics["reestimated_f1"] == pytest.approx(evaluate(settled, tasks.test, "float32")["f1"])
+    fresh = with_reestimated_statistics(model, tasks.train.phases[-1].train.inputs[:1000].float(), "float32")
+    assert record.metrics["reestimated_f1"] == pytest.approx(evaluate(fresh, tasks.test, "float32")["f1"])
     assert record.metrics["f1"] == pytest.approx(evaluate(model, tasks.test, "float32")["f1"])
-
-
-def test_a_transfer_writes_a_record_of_its_own(pair, tmp_path):
-    records, networks = ({name: each[place] for name, each in pair.items()} for place in (0, 1))
-    found = paths.transfer(records, networks, [(12, 5), (16, 9)], grids=20, runs=tmp_path)
-    assert found.identity.study == "transfer" and found.path.parent == tmp_path
-    assert found.identity.chosen["of"] == {name: record.identity.hash for name, record in records.items()}
-    there = paths.scores_at(found, 16, 9)
-    assert set(there) == {"CNN", "SCNN", "rectangle rule"} and set(there["CNN"]) == set(paths.SCORES)
-    grids = shortest_path.generate(20, 16, 9, 0.2, 2**62 + 2**33)
-    assert there["CNN"]["f1"] == pytest.approx(evaluate(networks["CNN"], ShortestPaths(grids, grids), "float32")["f1"])
-    assert there["rectangle rule"]["exact"] == pytest.approx(
-        shortest_path.scores(shortest_path.rectangle_rule(grids.inputs), grids.targets)["exact"]
-    )
-    assert len(models.build(records["CNN"].network).layers) == 20

@@ -11,7 +11,7 @@ import pytest
 
 import softshare
 from softshare import models
-from softshare.studies import Identity, find_records, read_record, records, train, write_record
+from softshare.studies import Identity, find_records, read_record, records, train, write_findings, write_record
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,6 @@ def test_the_hash_is_of_everything_in_an_identity_and_of_no_order():
     assert set(others) == {field.name for field in dataclasses.fields(Identity)}
     hashes = {dataclasses.replace(BASE, **{name: value}).hash for name, value in others.items()}
     assert len(hashes | {BASE.hash}) == len(others) + 1
-    assert BASE.on("g").hash == dataclasses.replace(BASE, fingerprint="g").hash
 
 
 def test_what_cannot_be_recorded_is_refused_before_a_file_is_written(tmp_path):
@@ -130,3 +129,20 @@ def test_an_analysis_keeps_rows_of_its_own(tmp_path):
     assert record.history == [{"way": "kept", "threshold": 0.5}] and record.config == {"of": "abc"}
     assert record.execution["torch"] and record.seed == 3
     assert find_records(tmp_path, "x") == [] and find_records(tmp_path, "fold of x") == [record]
+
+
+def test_findings_name_the_runs_that_they_rest_on(trained, tmp_path):
+    record = trained[0]
+    found = write_findings("chapter", "fast", 0, {"m": 1.5}, of=[record], runs=tmp_path, draws=3)
+    assert found.identity.chosen == {"of": [record.identity.hash], "draws": 3} and found.data == record.data
+    alone = write_findings("chapter", "fast", 0, {"m": 1.5}, runs=tmp_path)
+    assert alone.identity.hash != found.identity.hash and find_records(tmp_path, "chapter") == sorted(
+        [found, alone], key=lambda each: each.path.name
+    )
+
+
+def test_a_record_tells_what_was_used_of_what_there_was(trained):
+    """Digits are fewer than the plan would take, and are not mirrored."""
+    config = trained[0].config
+    assert config["augmentation"]["flip"] is False
+    assert config["sizes"] == {"train": 300, "held_out": 100, "test": 200, "side": 16}

@@ -51,7 +51,12 @@ def test_weights_are_those_of_the_record_or_are_missed_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint of the end"):
         trained(first, tmp_path / "checkpoints")
     next((tmp_path / "checkpoints").rglob("*.safetensors")).unlink()
-    record, net = train("WRN 28-6", "fast", 0, "digits", **where | {"rehearse": True})  # makes both again
+    # Nothing is trained unasked, and a record is not replaced.
+    before = first.path.stat().st_mtime_ns
+    with pytest.raises(FileNotFoundError, match="again=True"):
+        train("WRN 28-6", "fast", 0, "digits", **where | {"rehearse": True})
+    assert first.path.stat().st_mtime_ns == before
+    record, net = train("WRN 28-6", "fast", 0, "digits", **where | {"rehearse": True}, again=True)
     assert record.metrics["error"] == first.metrics["error"]
 
 

@@ -7,8 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import softshare
+from softshare import models
 from softshare.speed import benchmark
 from softshare.studies import find_records, make_plan, study_of, tables, write_record
 
@@ -23,12 +27,13 @@ def test_tables_hold_the_posters_figures():
 
 
 def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
-    def run(profile, seed, error, source="CIFAR-10 (JPEG)", **change):
+    def run(profile, seed, error, source="CIFAR-10 (JPEG)", images=50_000, **change):
         plan = make_plan("SWRN 28-10-2*", profile, seed)
         if change:
             plan = dataclasses.replace(plan, augmentation={**plan.augmentation, **change})
-        identity = study_of(plan).identity(plan, source)
-        write_record(identity, {"error": error}, data={"source": source, "fingerprint": source}, runs=tmp_path)
+        identity, data = study_of(plan).identity(plan, source), {"source": source, "fingerprint": source}
+        config = {"sizes": {"train": images, "test": 10_000}}
+        write_record(identity, {"error": error}, data=data, config=config, runs=tmp_path)
 
     def cell():
         return tables.measured(find_records(tmp_path), "SWRN 28-10-2*", "error", "CIFAR-10")
@@ -38,6 +43,7 @@ def test_only_runs_at_the_papers_schedule_fill_a_cell(tmp_path):
     run("short", 0, 5.0)
     run("paper", 0, 17.0, "CIFAR-100")
     run("paper", 0, 9.0, cutout=16)  # not the recipe's
+    run("paper", 0, 1.0, "CIFAR-10 (PNG)", images=20)  # ten classes of that name, but not all their images
     assert cell() == "not run"
     run("paper", 0, 3.0)
     assert cell() == "3.00 (1 run, paper, CIFAR-10 (JPEG))"
@@ -72,7 +78,38 @@ def test_speeds_show_the_median_and_the_range():
 def test_the_speeds_in_the_readme_are_those_of_the_record():
     top = Path(__file__).resolve().parents[2]
     text = " ".join((top / "README.md").read_text(encoding="utf-8").split())
-    (path,) = re.findall(r"\[record\]\((data/benchmarks/[^)]+)\)", text)
-    ratios = benchmark.load_benchmark(top / path)["ratios"]
+    cpu, gpu = re.findall(r"\[record\]\((data/benchmarks/[^)]+)\)", text)
+    ratios = benchmark.load_benchmark(top / cpu)["ratios"]
     assert f"takes {ratios['ours / plain'][0]:.2f} times the plain network's" in text
     assert f"the authors' scheme {ratios['authors / ours'][0]:.2f} times ours" in text
+    record = benchmark.load_benchmark(top / gpu)
+    ratios, seconds = record["ratios"], record["steps"]["seconds"]
+    assert f"{1000 * np.median(seconds['ours']):.1f} ms, {ratios['ours / plain'][0]:.2f} times the plain" in text
+    assert f"{ratios['authors, TF32 off / ours'][0]:.1f} times ours" in text
+
+
+def test_what_runs_say_of_structure(tmp_path):
+    """From coefficients that were written by hand: a loop in stage 2, nothing elsewhere."""
+    model = models.swrn(40, 1, 8)
+    recorder = softshare.SimilarityRecorder()
+    with torch.no_grad():
+        for bank in softshare.banks(model).values():
+            bank.coefficients.copy_(torch.cat([torch.eye(8), torch.eye(8)[:2] + torch.eye(8)[2:4]]))
+        recorder.record(model, 0)
+        alpha = softshare.banks(model)["stage2"].coefficients
+        alpha[4::2], alpha[5::2] = -2 * alpha[2], alpha[3]
+        recorder.record(model, 3)
+    plan = make_plan("SWRN 40-8-8", "short", 5)
+    config, data = plan.config(), {"source": "CIFAR-10", "fingerprint": "x"}
+    write_record(study_of(plan).identity(plan, "x"), {}, data=data, config=config, similarity=recorder, runs=tmp_path)
+    rows = tables.structure(find_records(tmp_path))
+    assert [row["plan at 0.8"] for row in rows] == [
+        "stage1: 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
+        "stage2: 1 -> 2 -> (3 -> 4) x 4",
+        "stage3: 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
+    ]
+    assert [row["largest similarity"] for row in rows] == ["0.71", "1.00", "0.71"]
+    assert [row["first at 0.8 (epoch)"] for row in rows] == ["never", "3", "never"]
+    assert rows[0]["run"] == "SWRN 40-8-8, short, 30 epochs, seed 5, CIFAR-10"
+    assert all(0.8 < float(row["random directions, 95%"]) < 0.95 for row in rows)
+    assert tables.structure(find_records(tmp_path), "SWRN 28-10-2") == []

@@ -134,7 +134,8 @@ def test_a_finished_run_is_taken_up_at_its_end(task, tmp_path):
         for net, recorder in zip(nets, recorders, strict=True)
     ]
     assert histories[0] == histories[1] and recorders[1].steps == [0, 1, 2]
-    assert histories[0].execution == histories[1].execution and "earlier" not in histories[1].execution
+    found = dict(histories[1].execution)
+    assert found.pop("measured by")["torch"] and found == histories[0].execution and "earlier" not in found
     for name, value in nets[0].state_dict().items():
         assert torch.equal(nets[1].state_dict()[name], value)
 
@@ -324,7 +325,9 @@ def test_another_precision_takes_a_checkpoint_up_and_says_so(task, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a finished run is told as it was, whoever asks
         again = fit(models.swrn(16, 1), task, settings[0], (), "cpu", progress=False, checkpoints=tmp_path)
-    assert again == history and again.execution == found
+    told = dict(again.execution)
+    assert told.pop("measured by")["precision"] == "float32"
+    assert again == history and told == found
 
 
 def test_the_precision_of_a_run_that_goes_on_changes_its_weights(task, tmp_path):

@@ -99,6 +99,17 @@ def test_git_knows_better_than_the_environment(checkout, monkeypatch):
     assert environment()["revision"] == "abc123" and environment()["dirty"] is True
 
 
+def test_a_copy_that_git_does_not_know_is_what_its_bringer_says(checkout, monkeypatch):
+    """Files brought up to date by other means than git: its commit is an older one, and everything looks changed."""
+    top, git = checkout
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    (top / "softshare" / "__init__.py").write_text("x = 1")
+    monkeypatch.setenv(REVISION, "abc123")
+    assert environment()["revision"] == "abc123" and environment()["dirty"] is False
+
+
 def test_the_commit_of_somebody_elses_repository_is_not_ours(checkout):
     top, git = checkout
     git("init", "-q", at=top.parent)
@@ -117,8 +128,7 @@ def test_an_installed_package_has_no_revision(tmp_path, monkeypatch):
 
 
 def execution(precision):
-    settings = Settings(epochs=1, precision=precision)
-    return Execution(torch.device("cpu"), getattr(torch, precision), settings)
+    return Execution(torch.device("cpu"), Settings(epochs=1, precision=precision))
 
 
 def test_one_process_is_told_as_it_is():
@@ -152,3 +162,18 @@ def test_another_precision_than_that_of_the_last_process_is_warned_of(precisions
         warnings.simplefilter("error")  # the last one's was the same
         third.follow(second.states())
     assert [each["precision"] for each in third.states()] == [precisions[0], precisions[1], precisions[1]]
+
+
+def test_who_only_measured_is_told_beside_those_who_trained():
+    first, second = execution("float32"), execution("bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing goes on
+        second.finished(json.loads(json.dumps(first.states())))
+    assert second.record() == {**first.now, "measured by": second.after} and second.after["precision"] == "bfloat16"
+
+
+def test_what_became_of_compiling_is_told_of_all_processes(monkeypatch):
+    monkeypatch.setattr("softshare.training.distributed.gathered", lambda own: [dict(own), dict(own)])
+    found = execution("float32")
+    found.compiled("failed")
+    assert [each["compiled"] for each in (found.now, *found.now["others"])] == ["failed", "failed"]
