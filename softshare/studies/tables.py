@@ -151,19 +151,22 @@ def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, st
     return [*rows, rule]
 
 
-def structure(records: Sequence[Record], recipe: str = "SWRN 40-8-8", threshold: float = 0.8) -> list[dict[str, str]]:
-    """How alike layers have become in runs of a network, a row per run and stage, whatever the profile; fast ones aside.
+def structure(
+    records: Sequence[Record], recipe: str = "SWRN 40-8-8", threshold: float = 0.8
+) -> dict[str, list[dict[str, str]]]:
+    """How alike layers have become in each run of a network, whatever its profile (fast ones aside), a row per stage.
 
     Beside the largest similarity of a pair stands the 95th percentile of what random directions give, and beside the plan at
-    a threshold the first epoch after which some pair reaches it.
+    a threshold the first epoch after which some pair reaches it. The keys say what was run.
     """
-    rows = []
+    found: dict[str, list[dict[str, str]]] = {}
     for record in records:
         if record.recipe != recipe or record.profile == "fast" or not record.snapshots:
             continue
         recorder = record.similarity()
-        plan = folding.plan_from_snapshots(record, threshold)
-        for group in plan.groups:
+        rows = []
+        for group in folding.plan_from_snapshots(record, threshold).groups:
+            stage, _, plan = str(group).partition(": ")
             largest = recorder.largest()[group.name]
             reached = next(
                 (step for step, value in zip(recorder.steps, largest, strict=True) if value >= threshold), None
@@ -171,15 +174,19 @@ def structure(records: Sequence[Record], recipe: str = "SWRN 40-8-8", threshold:
             chance = initial_similarity(len(group.layers), group.templates, "normal").quantile(0.95)
             rows.append(
                 {
-                    "run": f"{record.network}, {record.profile}, {record.config['schedule']['epochs']} epochs, "
-                    f"seed {record.seed}, {record.data['source']}",
+                    "stage": stage,
                     "largest similarity": f"{largest[-1]:.2f}",
                     "random directions, 95%": f"{float(chance):.2f}",
-                    f"first at {threshold:g} (epoch)": NOT_SEEN if reached is None else f"{reached:.3g}",
-                    f"plan at {threshold:g}": str(group),
+                    f"first at {threshold:g} (epoch)": NOT_SEEN if reached is None else f"{reached:.2g}",
+                    f"plan at {threshold:g}": plan,
                 }
             )
-    return rows
+        epochs, error = record.config["schedule"]["epochs"], record.metrics["error"]
+        found[
+            f"{record.network}, profile {record.profile} ({epochs} epochs), seed {record.seed}, {record.data['source']}: "
+            f"test error {error:.2f}%"
+        ] = rows
+    return found
 
 
 def as_text(rows: Sequence[Mapping[str, str]], caption: str) -> str:

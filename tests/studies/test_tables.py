@@ -14,7 +14,7 @@ import torch
 import softshare
 from softshare import models
 from softshare.speed import benchmark
-from softshare.studies import find_records, make_plan, study_of, tables, write_record
+from softshare.studies import find_records, folding, make_plan, read_record, study_of, tables, write_record
 
 
 def test_tables_hold_the_posters_figures():
@@ -101,15 +101,30 @@ def test_what_runs_say_of_structure(tmp_path):
         recorder.record(model, 3)
     plan = make_plan("SWRN 40-8-8", "short", 5)
     config, data = plan.config(), {"source": "CIFAR-10", "fingerprint": "x"}
-    write_record(study_of(plan).identity(plan, "x"), {}, data=data, config=config, similarity=recorder, runs=tmp_path)
-    rows = tables.structure(find_records(tmp_path))
+    found = {"error": 5.125}
+    write_record(
+        study_of(plan).identity(plan, "x"), found, data=data, config=config, similarity=recorder, runs=tmp_path
+    )
+    ((title, rows),) = tables.structure(find_records(tmp_path)).items()
+    assert title == "SWRN 40-8-8, profile short (30 epochs), seed 5, CIFAR-10: test error 5.12%"
+    assert [row["stage"] for row in rows] == ["stage1", "stage2", "stage3"]
     assert [row["plan at 0.8"] for row in rows] == [
-        "stage1: 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
-        "stage2: 1 -> 2 -> (3 -> 4) x 4",
-        "stage3: 1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
+        "1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
+        "1 -> 2 -> (3 -> 4) x 4",
+        "1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
     ]
     assert [row["largest similarity"] for row in rows] == ["0.71", "1.00", "0.71"]
     assert [row["first at 0.8 (epoch)"] for row in rows] == ["never", "3", "never"]
-    assert rows[0]["run"] == "SWRN 40-8-8, short, 30 epochs, seed 5, CIFAR-10"
     assert all(0.8 < float(row["random directions, 95%"]) < 0.95 for row in rows)
-    assert tables.structure(find_records(tmp_path), "SWRN 28-10-2") == []
+    assert tables.structure(find_records(tmp_path), "SWRN 28-10-2") == {}
+
+
+def test_what_the_readme_says_of_folding_is_what_the_record_gives():
+    top = Path(__file__).resolve().parents[2]
+    text = " ".join((top / "README.md").read_text(encoding="utf-8").split())
+    (path,) = re.findall(r"\[record\]\((data/runs/[^)]+)\)", text)
+    record = read_record(top / path)
+    plan = folding.plan_from_snapshots(record, 0.8)
+    assert str(plan.groups[1]).removeprefix("stage2: ") in text
+    assert f"{plan.distinct_layers} of {plan.total_layers} layers stay distinct" in text
+    assert f"test error {record.metrics['error']:.2f}%" in text and record.data["source"] in text
