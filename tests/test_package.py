@@ -130,6 +130,13 @@ def test_every_module_has_its_tests():
         assert (TOP / "tests" / name).is_file(), f"no tests of {path}"
 
 
+def test_the_api_page_has_every_module():
+    page = (TOP / "book" / "api.md").read_text(encoding="utf-8")
+    modules = {".".join(("softshare", *module_of(path))) for path in FILES if not module_of(path)[-1].startswith("__")}
+    shown = {line.split(" ")[-1] for line in page.splitlines() if line.startswith(".. automodule::")}
+    assert shown == modules - {"softshare.cli"}
+
+
 def test_the_core_needs_torch_numpy_pillow_and_matplotlib_alone():
     """Everything else is imported where it is used."""
     code = """

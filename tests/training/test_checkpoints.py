@@ -243,7 +243,8 @@ def test_the_scaler_goes_on_where_it_was(task, tmp_path, monkeypatch):
 
 def test_a_resumed_epoch_keeps_its_time_and_is_evaluated_as_planned(task, tmp_path):
     settings = Settings(epochs=3, batch_size=30, rate=0.05, evaluate_every=2)
-    history = fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path, checkpoint_seconds=0)
+    arguments = {"device": "cpu", "progress": False, "checkpoints": tmp_path}
+    history = fit(models.swrn(16, 1), task, settings, **arguments, checkpoint_seconds=0)
     assert ["held_out_error" in row for row in history] == [False, True, True]
     newest, before = sorted(tmp_path.iterdir(), reverse=True)
     assert newest.name.startswith("step-00000009") and before.name.startswith("step-00000008")
@@ -251,7 +252,7 @@ def test_a_resumed_epoch_keeps_its_time_and_is_evaluated_as_planned(task, tmp_pa
     identity, tensors, facts = read_checkpoint(before)
     before.unlink()
     write_checkpoint(tmp_path, 8, identity, tensors, facts | {"seconds": 1000.0})
-    assert fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)[-1]["seconds"] > 1000.0
+    assert fit(models.swrn(16, 1), task, settings, **arguments)[-1]["seconds"] > 1000.0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -18,7 +18,7 @@ def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch, small_net):
     clock = iter(range(0, 100_000, 40))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
-    fit(small_net(), task, Settings(epochs=1, batch_size=50), title="slow")
+    fit(small_net(), task, Settings(epochs=1, batch_size=50), title="slow", device="cpu")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("slow epoch 1/1 (25% of it): loss ") and lines[0].endswith(" left") and ":" in lines[0]
 
