@@ -116,8 +116,9 @@ def test_no_number_of_ours_stands_on_the_results_page_without_a_record(top, tmp_
     def write(name, seed, metrics, source="CIFAR-10 (JPEG)", profile="paper", **change):
         plan = make_plan(name, profile, seed)
         plan = replace(plan, augmentation={**plan.augmentation, **change})
-        identity = study_of(plan).identity(plan, source)
-        write_record(identity, metrics, data={"source": source, "fingerprint": source}, runs=tmp_path / "runs")
+        identity, data = study_of(plan).identity(plan, source), {"source": source, "fingerprint": source}
+        config = {"sizes": {"train": 50_000, "test": 10_000}}
+        write_record(identity, metrics, data=data, config=config, runs=tmp_path / "runs")
 
     for seed, error in enumerate((3.125, 3.375)):
         write("SWRN 28-6-2 cutout", seed, {"error": error})
