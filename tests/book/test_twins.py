@@ -9,8 +9,9 @@ import subprocess
 import sys
 import types
 
+import jupytext
 import pytest
-from build import main, read_chapter, write_twins
+from build import Book, main, read_chapter, write_twins
 from twins import Converter, References, Site, TwinError, make_twins, read_site
 
 SITE = Site("https://github.com/someone/book", "main")
@@ -35,6 +36,15 @@ def twins_of(top):
 
 def test_twins_are_in_step_with_their_chapters(top, capsys):
     assert main(["--top", str(top), "twins", "--check"]) == 0, capsys.readouterr().err
+
+
+def test_pages_are_as_jupytext_writes_them(top):
+    # Saved unchanged in JupyterLab, a page does not change; jupytext's own version stands in the head.
+    for name in Book(top).chapters():
+        page = top / "book" / f"{name}.md"
+        saved = jupytext.writes(read_chapter(page), fmt="md:myst")
+        advice = f"jupytext --to md:myst book/{name}.md"
+        assert page.read_text(encoding="utf8") == saved, advice
 
 
 def test_twins_hold_no_myst_syntax(top):
