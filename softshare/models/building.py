@@ -32,7 +32,10 @@ FAMILIES: dict[str, Callable[[Network, int], nn.Module]] = {
     "CNN": _grid,
     "WRN": _wide,
 }
-"""How a network of each family is made from what its name says and a number of classes."""
+"""How a network of each family is made from what its name says and a number of classes.
+
+:meta hide-value:
+"""
 
 
 def build(name: str | Network, num_classes: int | None = None) -> nn.Module:

@@ -17,7 +17,10 @@ from matplotlib.colors import to_hex, to_rgb
 from ..folding import GroupPlan
 
 STYLE_SHEET = Path(__file__).with_name("softshare.mplstyle")
-"""The matplotlib style sheet that `use_style` applies."""
+"""The matplotlib style sheet that `use_style` applies.
+
+:meta hide-value:
+"""
 
 COLOURS = {
     "WRN": "#0072B2",

@@ -19,7 +19,8 @@ from softshare import pictures
 
 pytestmark = pytest.mark.long
 
-SHOTS = Path(__file__).resolve().parents[2] / "book" / "_build" / "shots"
+TOP = Path(__file__).resolve().parents[2]
+SHOTS = TOP / "book" / "_build" / "shots"
 SCHEMES = ("light", "dark")
 WIDTHS = (390, 1400)
 MOVING = {"01-templates": 1, "03-similarity": 2, "04-shortest-path": 1}
@@ -260,6 +261,10 @@ def test_pictures_stand_on_white_in_the_dark(visits):
     ]
     assert pictures
     assert {(background, done) for _, background, done in pictures} == {("rgb(255, 255, 255)", "none")}, pictures
+
+
+def test_no_page_names_a_folder_of_this_machine(site):
+    assert not [name for name in site.pages() if str(TOP) in (site.folder / f"{name}.html").read_text("utf8")]
 
 
 def test_no_page_is_heavy(visits, site):
