@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -275,7 +275,11 @@ def side_by_side(waiting: Sequence[Job], places: Places, side: int, limit: float
 
     with ThreadPoolExecutor(side) as pool:
         try:
-            return list(zip(waiting, pool.map(outcome_of, waiting), strict=True))
+            outcomes = [pool.submit(outcome_of, job) for job in waiting]
+            # In turns of a second: Python would not see a signal that arrives just before a wait without an end.
+            while wait(outcomes, timeout=1).not_done:
+                pass
+            return [(job, outcome.result()) for job, outcome in zip(waiting, outcomes, strict=True)]
         except BaseException:  # this process is interrupted: its children go with it
             deadline = 0.0
             pool.shutdown(wait=False, cancel_futures=True)

@@ -149,8 +149,26 @@ def test_sigterm_ends_the_runs_too(tmp_path):
     while not (found := children()) and time.monotonic() < limit:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=120) == 143 and found
+    try:
+        assert process.wait(timeout=120) == 143 and found
+    finally:
+        process.kill()
     assert not any(Path(f"/proc/{child}").exists() for child in found)
+
+
+def test_sigterm_that_another_thread_receives_is_heard(tmp_path):
+    # Such a signal, like one that comes just before the main thread begins to wait, does not wake the main thread.
+    code = (
+        "import sys, threading\nfrom signal import SIGTERM, raise_signal\nfrom softshare.studies import gpu_list\n"
+        "class Places(gpu_list.Places):\n"
+        "    def command(self, job, quiet):\n"
+        "        threading.Timer(1, raise_signal, [SIGTERM]).start()\n"
+        "        return [sys.executable, '-c', 'import time; time.sleep(100)']\n"
+        "gpu_list.entries = lambda: [gpu_list.Entry('one', (gpu_list.Job('CNN', 0),))]\n"
+        "gpu_list.run_list(1e9, Places(runs=sys.argv[1], checkpoints=sys.argv[1], device='cpu'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, cwd=tmp_path).returncode == 143
 
 
 def test_a_mistyped_folder_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
