@@ -1,4 +1,4 @@
-# Everything is installed into .venv, in the versions of constraints.txt. PIP_ARGS is handed to pip as it stands.
+# Everything is installed into .venv, at the versions in constraints.txt. PIP_ARGS is passed to pip unchanged.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PIP_ARGS ?=
 PROFILE ?= fast
@@ -24,24 +24,24 @@ book: .venv/.has-book ## run every chapter in profile fast and render the book t
 test: .venv/.has-test ## run the quick tests
 	$(RUN) -m pytest -m "not long" -n $(WORKERS) --dist worksteal
 
-test-long: .venv/.has-test ## run the slower tests: chapters, renderer, trainings; those once more in bfloat16
+test-long: .venv/.has-test ## run the slower tests (chapters, rendering, training), then training again in bfloat16
 	$(RUN) -m pytest -m long
 	$(RUN) -m pytest -m "not long" --auto bfloat16 tests/training
 
-lab: .venv/.has-book ## open the chapters in JupyterLab; LAB_ARGS="--port=9999" and the like are handed on
+lab: .venv/.has-book ## open the chapters in JupyterLab; options go in LAB_ARGS, as in LAB_ARGS="--port=9999"
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=book --LabApp.app_settings_dir="$(CURDIR)/book/_lab" \
 	  --LabApp.default_url=/lab/tree/intro.md $(LAB_ARGS)
 
-bench: .venv/.has-test ## measure speed, pair by pair, about five minutes, and write data/benchmarks/<hardware>.json
+bench: .venv/.has-test ## measure speed, pair by pair (about five minutes), and write data/benchmarks/<hardware>.json
 	$(RUN) -m softshare bench
 
-gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for MINUTES=...; goes on where it stopped
+gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for MINUTES=...; resumes where it stopped
 	$(RUN) -m softshare gpu --minutes $(MINUTES)
 
 reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu, short or paper
 	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)
 
-twins: .venv/.has-book ## write the notebooks for Colab (book/notebooks) and README's badges again
+twins: .venv/.has-book ## rewrite the notebooks for Colab (book/notebooks) and the README's badges
 	$(RUN) book/build.py twins
 
 lint: .venv/.has-dev ## check style, format and types
@@ -49,7 +49,7 @@ lint: .venv/.has-dev ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean: ## remove what was built; .venv and downloads stay
+clean: ## remove everything built; .venv and downloads stay
 	rm -rf book/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find softshare tests book -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -64,7 +64,7 @@ $(RUN):
 
 .venv/.has-book: $(NEEDS) | $(RUN)
 	$(INSTALL) -e ".[book]"
-	@# Names this python by its path: by that JupyterLab knows which kernel a page without a head gets, and does not ask.
+	@# Registers this Python by its path, so that JupyterLab need not ask which kernel a page without front matter gets.
 	$(RUN) -m ipykernel install --sys-prefix >/dev/null
 	@touch $@
 

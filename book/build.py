@@ -5,10 +5,10 @@
     python book/build.py all                                   both
     python book/build.py twins [--check]                       chapters -> output-free book/notebooks/*.ipynb, badges
 
-A chapter is a book/*.md with a kernelspec in its head; jupytext turns it into a notebook, papermill runs it in the
-folder book/, Jupyter Book shows what came out and executes nothing. A chapter is not run again while its source, the
-package, the pinned versions, the parameters and the data are those of its last successful run, as the key beside its
-notebook tells.
+A chapter is a book/*.md with a kernelspec in its front matter. jupytext turns it into a notebook, papermill runs it in
+the folder book/, and Jupyter Book shows the result without executing anything. A chapter is not run again as long as
+its source, the package, the pinned versions, the parameters and the data are those of its last successful run,
+according to the key next to its notebook.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TIMEOUTS = {"fast": 300, "gpu": 4 * 3600, "short": 24 * 3600, "paper": 14 * 24 *
 
 
 class BuildError(Exception):
-    """Something that the person at the keyboard can put right; shown without a traceback."""
+    """A problem that the user can fix; shown without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class BuildError(Exception):
 
 
 def check_parameters(source: Path, name: str, parameters: Mapping[str, Any]) -> None:
-    """papermill only warns of a parameter that a chapter does not have; here it is an error."""
+    """Raise BuildError for parameters that a chapter does not have; papermill only warns about them."""
     import papermill
 
     known = papermill.inspect_notebook(str(source))
@@ -65,9 +65,9 @@ def check_parameters(source: Path, name: str, parameters: Mapping[str, Any]) -> 
 def run_chapter(
     book: Book, name: str, parameters: Mapping[str, Any], timeout: float | None = None, output: Path | None = None
 ) -> Path:
-    """Run one chapter from its source, whatever was run before; returns the executed notebook.
+    """Run one chapter from its source, whatever was run before, and return the path of the executed notebook.
 
-    A run that fails leaves an earlier result as it was, without a key, and its own notebook as NAME.failed.ipynb.
+    A failed run keeps an earlier result, but without its key, and saves its own notebook as NAME.failed.ipynb.
     """
     import nbformat
     import papermill
@@ -101,7 +101,7 @@ def run_chapter(
         where = ""
         if partial.is_file():
             os.replace(partial, failed)
-            where = f"\n  the notebook up to there: {failed}"
+            where = f"\n  the notebook up to that point: {failed}"
         raise BuildError(f"{name} failed: {explain(error)}{where}") from error
     finally:
         source.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def run_chapter(
 
 
 def explain(error: Exception) -> str:
-    """Which cell, and what it said."""
+    """Which cell failed, and with what error."""
     if hasattr(error, "ename"):  # papermill's PapermillExecutionError
         lines = "\n".join(f"    {line}" for line in error.source.strip().split("\n")[:12])  # type: ignore[attr-defined]
         return f"cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n{lines}"  # type: ignore[attr-defined]
@@ -120,7 +120,7 @@ def explain(error: Exception) -> str:
 def execute(
     book: Book, parameters: Mapping[str, Any], names: Sequence[str] = (), timeout: float | None = None
 ) -> list[str]:
-    """Run the chapters that have no current result; returns their names. All are tried before a failure is raised."""
+    """Run the chapters that have no current result and return their names. All are tried before a failure is raised."""
     chapters = [n for n in book.chapters() if not names or n in names]
     unknown = sorted(set(names) - set(chapters))
     if unknown or not chapters:
@@ -142,7 +142,7 @@ def execute(
         left = sum(last_time(book, other) for other in due)
         say(f"{label}: running ..." + (f" (about {left:.0f} s left in all)" if last_time(book, name) else ""))
         start = time.monotonic()
-        key = chapter_key(book, name, parameters)  # taken before the run, so that an edit during it is noticed
+        key = chapter_key(book, name, parameters)  # computed before the run, so that an edit during it is noticed
         try:
             run_chapter(book, name, parameters, timeout)
         except BuildError as error:
@@ -160,16 +160,16 @@ def execute(
 
 @cache
 def prepare_kernels(profile: str = "fast") -> None:
-    """Give every kernel this environment first, an absolute data folder, a font cache that is ready, and few threads."""
+    """Give every kernel this environment first, an absolute data folder, a ready font cache, and few threads."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    # The networks of profile fast are so small that a second thread costs more than it gains, above all while other
-    # programs want the processor too, since threads spin while they wait for each other.
+    # The networks of profile fast are so small that a second thread costs more than it gains, especially while other
+    # programs use the processor too, since threads spin while they wait for each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if profile == "fast":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if data_folder() is not None:
         os.environ["SOFTSHARE_DATA"] = str(data_folder())
-    # matplotlib's first import may announce that it builds its font cache, which belongs on no page.
+    # On its first import, matplotlib may announce that it is building its font cache, which belongs on no page.
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], capture_output=True, check=False)
 
 
@@ -178,10 +178,10 @@ def prepare_kernels(profile: str = "fast") -> None:
 
 
 def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
-    """The folder that Jupyter Book reads: plain pages and pictures as they are, chapters as executed notebooks.
+    """Make the folder that Jupyter Book reads: plain pages and pictures as they are, chapters as executed notebooks.
 
-    Links between chapters, written NAME.md in the sources, become NAME.ipynb, the file that lies here. Below the title of
-    each chapter stands a badge that opens its twin.
+    Links between chapters, written NAME.md in the sources, become NAME.ipynb, the file in this folder. A badge below
+    the title of each chapter opens its twin.
     """
     import nbformat
     import vl_convert
@@ -193,8 +193,8 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
     site, source = read_site(book.top), book.build / "source"
     copy_pages(book, source)
     (source / "_static").mkdir(exist_ok=True)
-    # Draws the charts that move; a page that has one fetches it. In a scope of its own, so that no name clashes with one
-    # of the theme's.
+    # Draws the interactive charts; a page that has one loads it. It gets its own scope, so that no name clashes with
+    # one of the theme's.
     vega = "(() => {" + vl_convert.javascript_bundle() + "})();\n"  # type: ignore[call-arg]
     (source / "_static" / "vega.js").write_text(vega, encoding="utf8")
     for name in book.chapters():
@@ -210,7 +210,7 @@ def assemble(book: Book, parameters: Mapping[str, Any]) -> Path:
 
 
 def copy_pages(book: Book, source: Path) -> None:
-    """Copy everything in the book's folder that is neither a chapter, nor a program, nor made from them."""
+    """Copy everything in the book's folder except chapters, programs and what is made from them."""
     made = {book.build.name, book.twins.name, "__pycache__", ".ipynb_checkpoints"}
     chapters = {f"{name}.md" for name in book.chapters()}
 
@@ -226,14 +226,14 @@ def copy_pages(book: Book, source: Path) -> None:
 
 
 def link_notebooks(book: Book, text: str) -> str:
-    """A page's Markdown whose links to chapters lead to notebooks."""
+    """A page's Markdown with its links to chapters leading to the notebooks."""
     chapters = "|".join(map(re.escape, book.chapters()))
     return re.sub(rf"(\]\((?:\./)?(?:{chapters}))\.md(?=[#)])", r"\1.ipynb", text)
 
 
 def strip_notebook(notebook: Any) -> None:
-    """Remove what a page cannot use or should not tell."""
-    notebook.metadata.pop("papermill", None)  # holds paths of this machine, and the site offers the notebook
+    """Remove what a page cannot use or should not reveal."""
+    notebook.metadata.pop("papermill", None)  # holds local paths, and the site offers the notebook
     notebook.metadata.pop("widgets", None)  # a page has no kernel: it shows the chart that comes with each widget
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
@@ -242,7 +242,7 @@ def strip_notebook(notebook: Any) -> None:
 
 
 def render(book: Book, parameters: Mapping[str, Any]) -> Path:
-    """Build the site, every warning an error; an unchanged one is not built again."""
+    """Build the site, treating every warning as an error; an unchanged site is not built again."""
     source = assemble(book, parameters)
     key, stamp = site_key(book, source), book.build / "html.key"
     if stamp.is_file() and stamp.read_text(encoding="utf8") == key and (book.html / "index.html").is_file():
@@ -269,7 +269,7 @@ def site_key(book: Book, source: Path) -> str:
 
 
 def run_jupyter_book(book: Book, source: Path) -> Path:
-    """Render the pages in a folder of their own; returns where they are."""
+    """Render the pages in a separate folder and return the folder with the result."""
     # Always from scratch: a second, incremental build would not repeat the warnings that failed the first.
     place, config = book.build / "render", book.top / "_config.yml"
     shutil.rmtree(place, ignore_errors=True)
@@ -288,7 +288,7 @@ def run_jupyter_book(book: Book, source: Path) -> Path:
     if done.returncode:
         lines = done.stdout.split("\n")
         told = [line for line in lines if any(word in line for word in ("WARNING", "ERROR", "Error"))]
-        raise BuildError("\n".join(["rendering failed:", *(told or lines[-20:]), f"whole log: {log}"]))
+        raise BuildError("\n".join(["rendering failed:", *(told or lines[-20:]), f"full log: {log}"]))
     return place / "_build" / "html"
 
 
@@ -297,7 +297,7 @@ def run_jupyter_book(book: Book, source: Path) -> Path:
 
 
 def write_twins(book: Book, check: bool = False) -> list[str]:
-    """Write the twins and README's table of chapters; with check, only return the names of those out of step."""
+    """Write the twins and the README's table of chapters; with `check`, only return the names of outdated files."""
     from twins import TwinError, make_twins, read_site, with_badges
 
     readme = book.top / "README.md"
@@ -334,7 +334,7 @@ def parse_parameters(given: Iterable[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals):
-            raise BuildError(f"a parameter is given as NAME=VALUE, got {text!r}")
+            raise BuildError(f"a parameter must have the form NAME=VALUE, got {text!r}")
         parameters[name] = yaml.safe_load(value) if value else ""
     return parameters
 
@@ -354,14 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "execute":
             command.add_argument("names", nargs="*", metavar="NAME", help="chapters to run (default: all)")
     twins = commands.add_parser("twins")
-    twins.add_argument("--check", action="store_true", help="write nothing; fail if one is out of step")
+    twins.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     options = parser.parse_args(arguments)
     try:
         if options.command == "twins":
             names = write_twins(Book(options.top), options.check)
             if options.check and names:
-                raise BuildError(f"out of step with chapters or address: {', '.join(names)}; run `make twins`")
-            say(f"twins: {', '.join(names) or 'in step'}")
+                raise BuildError(f"out of date with the chapters or the address: {', '.join(names)}; run `make twins`")
+            say(f"twins: {', '.join(names) or 'up to date'}")
             return 0
         book, parameters = Book(options.top, options.output), parse_parameters(options.parameters)
         if options.command in ("execute", "all"):

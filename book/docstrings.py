@@ -1,8 +1,8 @@
 """Sphinx extension: docstrings written for people become valid reStructuredText, and short names find their target.
 
 Docstrings are plain text with `code` in single backticks, which `default_role` in _config.yml shows as code. Everything
-else that reStructuredText would take for markup, the stars of (L, *shape) or the bars of |cos|, is escaped here. And a
-reference to `softshare.TemplateBank` leads to where the class is documented, the module that defines it.
+else that reStructuredText would take for markup, such as the stars of (L, *shape) or the bars of |cos|, is escaped here.
+A reference to `softshare.TemplateBank` leads to where the class is documented, under the module that defines it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MARKUP = re.compile(
       (?P<meant> ``.+?``(?!`) | :[\w:+-]+:`[^`]+`                                        # code and references
       | (?<![\w*])(?P<stars>\*{1,2})(?=[^\s*])[^*`\n]*?(?<=[^\s*])(?P=stars)(?![\w*]) )  # emphasis
     | (?P<code> `[^`]+` )
-    | \*(?=\S) | \|(?=\S) | (?<=\w)_(?!\w)                                               # markup by accident
+    | \*(?=\S) | \|(?=\S) | (?<=\w)_(?!\w)                                               # accidental markup
     """,
     re.S | re.X,
 )
@@ -24,7 +24,7 @@ PARAMETER = re.compile(r"^\s*\*{1,2}\w+.*:")
 
 
 def escape(text: str) -> str:
-    """Escape what is markup by accident in running text; in code by the default role, only backslashes are."""
+    """Escape accidental markup in running text; in code by the default role, escape only backslashes."""
 
     def escaped(found: re.Match[str]) -> str:
         if found["code"]:
@@ -35,10 +35,10 @@ def escape(text: str) -> str:
 
 
 def prose(lines: list[str]) -> list[str]:
-    """The lines of a docstring as reStructuredText; literal blocks, directives, examples and tables stay."""
+    """The lines of a docstring as reStructuredText; literal blocks, directives, examples, tables stay as they are."""
     out: list[str] = []
     waiting: list[str] = []
-    verbatim: int | None = None  # the indentation that a literal block or a directive is deeper than
+    verbatim: int | None = None  # the indentation of the line above a literal block, or of a directive
 
     def flush() -> None:
         if waiting:

@@ -1,4 +1,4 @@
-"""When is a result still good? As long as everything that it depends on is what it was."""
+"""Decides whether a result is still current, that is, whether everything it depends on is unchanged."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def file_digest(path: Path) -> str:
 
 
 def tree_digest(folder: Path) -> list[list[str]]:
-    """Path and content of every file in a folder, compiled files aside."""
+    """Path and content of every file in a folder, except compiled files."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     return [[p.relative_to(folder).as_posix(), file_digest(p)] for p in files]
 
 
 def record_digest(book: Book) -> list[list[str]]:
-    """The published figures, the timings and the committed records, not those that chapters write in profile fast."""
+    """Digests of the published figures, the timings and the committed records, without those of profile fast."""
     data = book.top / "data"
     runs = (path for path in (data / "runs").glob("*") if "-fast-" not in path.name)
     files = [*(data / "paper").glob("*"), *(data / "benchmarks").glob("*"), *runs]
@@ -46,7 +46,7 @@ def record_digest(book: Book) -> list[list[str]]:
 
 
 def data_listing() -> list[Any]:
-    """Names, sizes and times of the files directly in $SOFTSHARE_DATA, which are too large to be read for this."""
+    """Names, sizes and times of the files directly in $SOFTSHARE_DATA, which are too large to read for this."""
     folder = data_folder()
     if folder is None or not folder.is_dir():
         return [str(folder or "")]
@@ -85,7 +85,7 @@ def is_current(book: Book, name: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def remember(book: Book, name: str, key: str, seconds: float) -> None:
-    """Write beside the executed notebook what it was made from and how long that took."""
+    """Write next to the executed notebook what it was made from and how long that took."""
     said = {"key": key, "notebook": file_digest(book.output / f"{name}.ipynb")}
     (book.output / f"{name}.key").write_text(json.dumps(said), encoding="utf8")
     (book.output / f"{name}.seconds").write_text(f"{seconds:.1f}", encoding="utf8")

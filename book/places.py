@@ -1,4 +1,4 @@
-"""Where things lie in the project, and which pages of the book are chapters."""
+"""Where things are in the project, and which pages of the book are chapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-#: Pages that read the records written by the other chapters: run last, and again whenever one of those has run again.
+#: Pages that read the records written by the other chapters: they run last, and again whenever one of those has.
 READERS = ("results",)
 
 
@@ -40,7 +40,7 @@ class Book:
         return self.folder / "notebooks"
 
     def chapters(self) -> list[str]:
-        """Names of the notebook pages, by name, those that read the others' records last."""
+        """Names of the notebook pages in alphabetical order, with those that read the others' records last."""
         names = sorted(path.stem for path in self.folder.glob("*.md") if "kernelspec" in front_matter(path))
         return [n for n in names if n not in READERS] + [n for n in names if n in READERS]
 
@@ -54,7 +54,7 @@ def front_matter(page: Path) -> dict[str, Any]:
 
 
 def read_chapter(page: Path) -> Any:
-    """The notebook that a chapter's MyST source stands for."""
+    """The notebook that a chapter's MyST source describes."""
     import jupytext
 
     return jupytext.read(page, fmt="md:myst")

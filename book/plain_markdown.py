@@ -1,7 +1,7 @@
-"""MyST Markdown to the Markdown that every notebook shows.
+"""Converts MyST Markdown to the Markdown that every notebook can show.
 
 markdown-it, the parser that MyST itself is built on, finds the blocks, roles and links. Only those that a notebook does
-not know are replaced; everything else stays as its author wrote it, to the letter.
+not know are replaced; everything else stays exactly as its author wrote it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ InlineRule = Callable[[StateInline, bool], bool]
 
 
 def locating(rule: InlineRule) -> InlineRule:
-    """A rule of the parser that also notes where in the text its tokens were found."""
+    """A parser rule that also records where in the text its tokens were found."""
 
     def located(state: StateInline, silent: bool) -> bool:
         start, known = state.pos, len(state.tokens)
@@ -64,7 +64,7 @@ def locating(rule: InlineRule) -> InlineRule:
 
 
 def make_parser() -> MarkdownIt:
-    """A parser that knows what MyST knows with the extensions in _config.yml."""
+    """A parser that understands what MyST does with the extensions in _config.yml."""
     parser = MarkdownIt("commonmark").enable("table")
     parser.use(front_matter_plugin).use(myst_block_plugin).use(myst_role_plugin).use(colon_fence_plugin)
     parser.use(deflist_plugin).use(dollarmath_plugin, double_inline=True).use(amsmath_plugin)
@@ -77,17 +77,17 @@ def make_parser() -> MarkdownIt:
 
 
 PARSER = make_parser()
-START = Token("", "", 0)  # stands before the first token of a text
+START = Token("", "", 0)  # comes before the first token of a text
 
 
 class Converter:
-    """MyST Markdown of one page to plain Markdown."""
+    """Converts the MyST Markdown of one page to plain Markdown."""
 
     def __init__(self, page: str, references: References) -> None:
         self.page = page
         self.references = references
         self.env: dict[str, Any] = {}  # what the parser remembers from one part of the page to the next
-        self.pending: list[str] = []  # labels that wait for the heading below them
+        self.pending: list[str] = []  # labels waiting for the heading below them
         self.equations = 0
         self.figures = 0
 
@@ -121,7 +121,7 @@ class Converter:
         pieces = [[line] for line in text.split("\n")]
         for before, token in pairwise([START, *self.parse(text)]):
             self.note(before, token)
-            if token.map and not token.nesting:  # a list or a quote is left to the blocks in it
+            if token.map and not token.nesting:  # lists and quotes are handled by their blocks
                 begin, end = token.map[0], max(token.map[1], token.map[0] + 1)  # a defined term's map is empty
                 made = self.block(token, [*chain.from_iterable(pieces[begin:end])])
                 pieces[begin:end] = [made, *([] for _ in range(begin + 1, end))]
@@ -132,7 +132,7 @@ class Converter:
         return out[:-1] if out and not out[-1] else out
 
     def block(self, token: Token, source: list[str]) -> list[str]:
-        """What takes the place of a block's lines."""
+        """The lines that replace a block's lines."""
         match token.type:
             case "inline":
                 return self.running_text(token, source)
@@ -146,17 +146,17 @@ class Converter:
         return ["\n".join(source)]
 
     def running_text(self, token: Token, source: list[str]) -> list[str]:
-        """A paragraph, a heading or a cell of a table; what stands before or after it in its lines is kept."""
+        """Convert a paragraph, a heading or a table cell, keeping what comes before and after it on its lines."""
         if not token.content:
             return source
         old, new = token.content.split("\n"), self.spans(token).split("\n")
         if old[0].strip() == "$$":
             raise TwinError("never closed: '$$'")
-        if old[0] not in source[0]:  # a cell of a table, where a bar has to be escaped
+        if old[0] not in source[0]:  # a table cell, where bars must be escaped
             old, new = [[line.replace("|", r"\|") for line in lines] for lines in (old, new)]
         around = [line.partition(words.lstrip()) for line, words in zip(source, old, strict=True)]
         if len(new) > len(old) or not all(found for _, found, _ in around):
-            raise TwinError(f"not found where it stood: {token.content!r}")
+            raise TwinError(f"not found in its own source lines: {token.content!r}")
         marks = [FOOTNOTE.sub(r"<sup>\1</sup>", before) for before, _, _ in around]
         lines = [mark + words.lstrip() for mark, words in zip(marks, new, strict=False)]
         return [*lines[:-1], lines[-1] + around[-1][2]]
@@ -257,7 +257,7 @@ class Converter:
         return "".join(self.spans(token) for token in PARSER.parseInline(text, self.env))
 
     def spans(self, token: Token) -> str:
-        """The same for text that has been parsed."""
+        """The same for parsed text."""
         text, last, out = token.content, 0, []
         for child in token.children or ():
             start, end = child.meta.get("place", (0, 0))
@@ -267,7 +267,7 @@ class Converter:
         return "".join([*out, text[last:]])
 
     def span(self, token: Token, written: str) -> str | None:
-        """What takes the place of a role, a link, a picture or a footnote's mark; None if it stays as written."""
+        """The replacement for a role, a link, a picture or a footnote mark; None if it stays as written."""
         match token.type:
             case "myst_role":
                 name = token.meta["name"]
@@ -328,14 +328,14 @@ def split_options(body: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def placed(before: str, pieces: list[str]) -> list[str]:
-    """The pieces behind what stands before them in their first line: blanks, or the mark of a list."""
+    """The pieces after `before`, the blanks or list mark of their first line; the other lines are indented to match."""
     margin = " " * len(before)
     first, *rest = [indent(piece, margin) for piece in pieces or [""]]
     return [before + first[len(margin) :], *rest]
 
 
 def one_line(pieces: list[str]) -> list[str]:
-    """Equations on one line each: in a quote, their lines would begin with the quote's mark."""
+    """Put each equation on one line: in a quote, its lines would begin with the quote's mark."""
     return [re.sub(r"\n\s*", " ", piece) if piece.lstrip().startswith("$$\n") else piece for piece in pieces]
 
 

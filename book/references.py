@@ -1,4 +1,4 @@
-"""What chapters refer to, wherever it stands: the pages and labels of the book, the literature, the project's address."""
+"""What chapters can refer to: the pages and labels of the book, the literature, the project's address."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def read_site(top: Path) -> Site:
 
 @dataclass
 class References:
-    """What can be referred to, over the whole book, and how a notebook that stands alone links to it."""
+    """Everything in the book that can be referred to, and how a stand-alone notebook links to it."""
 
     site: Site
     chapters: set[str]
     titles: dict[str, str] = field(default_factory=dict)  # page -> title
     targets: dict[str, tuple[str, str]] = field(default_factory=dict)  # label -> (page, its text)
     citations: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # key -> (authors, year, address)
-    complete: bool = False  # while False, it is no error if something has not been found yet
+    complete: bool = False  # while False, a target that has not been found yet is not an error
 
     def page(self, path: str, text: str = "") -> str:
         name = re.sub(r"\.(md|ipynb)$", "", path.strip("/").removeprefix("./"))
@@ -84,7 +84,7 @@ class References:
         return f"[{words or path}]({self.site.source(path)})"
 
     def citation(self, keys: str, in_text: bool) -> str:
-        """Author-year links: "Saxe et al. (2014)" as part of a sentence, "(Saxe et al., 2014)" beside it."""
+        """Author-year links: "Saxe et al. (2014)" as part of a sentence, otherwise "(Saxe et al., 2014)"."""
         links = []
         for key in (k.strip() for k in keys.split(",")):
             if key not in self.citations:

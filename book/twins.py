@@ -1,8 +1,8 @@
 """Turns chapters into output-free notebooks that read well where MyST is unknown, as on Colab.
 
-Admonitions become quotes with a bold title, folded parts `<details>`, roles plain Markdown, references links. What has
-no plain form is an error that names it, so that none of MyST's syntax is left over. The same chapters always give the
-same bytes.
+Admonitions become quotes with a bold title, folded parts `<details>`, roles plain Markdown, references links. Anything
+without a plain form raises an error that names it, so that no MyST syntax is left over. The same chapters always give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from references import References, Site, TwinError, read_citations, read_site
 def install_cell(site: Site) -> str:
     return "\n".join(
         [
-            "# Installs softshare where it is missing, as on Colab; what is installed is used as it is.",
+            "# Installs softshare if it is missing, as on Colab; an existing installation is used as it is.",
             "from importlib.util import find_spec",
             "",
             'if not find_spec("softshare"):',
             f'    %pip install -q "softshare[moving] @ git+{site.url}@{site.branch}"',
             'if not find_spec("softshare"):',
-            '    raise RuntimeError("softshare was not installed: pip says above why. Is the address in this cell right?")',
+            '    raise RuntimeError("softshare was not installed: see the pip output above. Is the address here correct?")',
         ]
     )
 
@@ -40,12 +40,12 @@ README_BADGES = re.compile(r"(?<=^<!-- badges -->\n).*?(?=^<!-- /badges -->$)", 
 
 
 def under_title(text: str, line: str) -> str:
-    """Markdown with one more paragraph below its title, or as it was if it has none."""
+    """Markdown with one more paragraph below its title, or unchanged if it has no title."""
     return TITLE.sub(lambda title: f"{title[0]}\n\n{line}", text, count=1)
 
 
 def with_badges(readme: str, site: Site, chapters: Mapping[str, str]) -> str:
-    """README's text with a table of the chapters, names to sources, between its two marks."""
+    """The README's text with a table of the chapters between its two marks; `chapters` maps names to sources."""
     lines = ["| the chapters | |\n", "|---|---|\n"]
     for name, source in chapters.items():
         title = TITLE.search(source)
@@ -69,14 +69,14 @@ def make_twins(top: Path, notebooks: Mapping[str, Any]) -> dict[str, str]:
     for path in sorted((top / "book").glob("*.md")):
         if path.stem not in notebooks:
             Converter(path.stem, references).learn(path.read_text(encoding="utf8"))
-    for name, notebook in notebooks.items():  # first to learn what can be referred to, then to refer to it
+    for name, notebook in notebooks.items():  # a first pass, to learn what can be referred to
         twin(name, notebook, references)
     references.complete = True
     return {name: twin(name, notebook, references) for name, notebook in notebooks.items()}
 
 
 def twin(name: str, notebook: Any, references: References) -> str:
-    """One notebook as text, the same for the same chapter: no outputs, no counts, cells named by their content."""
+    """One notebook as text, always the same for the same chapter: no outputs or counts, cells named by content."""
     converter = Converter(name, references)
     site = references.site
     cells: list[dict[str, Any]] = [{"cell_type": "code", "source": install_cell(site), "metadata": {}}]

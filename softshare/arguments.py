@@ -1,8 +1,9 @@
-"""Checks of arguments that several modules share."""
+"""Small things about arguments and texts that several modules share."""
 
 from __future__ import annotations
 
 import numbers
+import re
 from typing import Any
 
 
@@ -14,3 +15,11 @@ def count(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
+
+
+def without_addresses(text: str) -> str:
+    """A text without the memory addresses that Python gives to objects, as in ``<function f at 0x7f...>``.
+
+    They change from process to process, so nothing that has to be found again may hold them.
+    """
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

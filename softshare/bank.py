@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import count
+from .precautions import refuse_sharded
 
 COEFFICIENT_INITS = ("orthogonal", "sparse", "identity", "normal")
 
@@ -26,11 +27,14 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which a device's autocast, if it has one, is off; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """A context in which a device's autocast, if it has one, is off; the meta device and the tracer of torch.fx have none."""
+    none = isinstance(device, torch.fx.Proxy) or device.type == "meta"
+    return nullcontext() if none else torch.autocast(device.type, enabled=False)
 
 
-def initial_coefficients(num_layers: int, num_templates: int, init: str = "orthogonal") -> Tensor:
+def initial_coefficients(
+    num_layers: int, num_templates: int, init: str = "orthogonal", dtype: torch.dtype | None = None
+) -> Tensor:
     """Draw the coefficients of a fresh bank, (L, k), from PyTorch's default generator.
 
     - ``"orthogonal"``: `torch.nn.init.orthogonal_` on the whole matrix, as in the authors' code. For k < L the columns
@@ -39,7 +43,8 @@ def initial_coefficients(num_layers: int, num_templates: int, init: str = "ortho
     - ``"identity"``: layer i starts as template i; needs k = L.
     - ``"normal"``: normal.
 
-    The two normal ones are scaled so that a row's expected squared norm is 1.
+    The two normal ones are scaled so that a row's expected squared norm is 1. `dtype` is float32 or float64; default:
+    PyTorch's default, or float32 where that is less precise.
 
     Raises ValueError for an unknown `init`, or ``"identity"`` with k other than L.
     """
@@ -47,13 +52,13 @@ def initial_coefficients(num_layers: int, num_templates: int, init: str = "ortho
         raise ValueError(f"unknown init {init!r}; known: {', '.join(COEFFICIENT_INITS)}")
     if init == "identity" and num_templates != num_layers:
         raise ValueError(
-            f'init="identity" needs one template a layer, got {num_templates} templates for {num_layers} layers; '
+            f'init="identity" needs one template per layer, got {num_templates} templates for {num_layers} layers; '
             'use "orthogonal" or "sparse", or as many templates as layers'
         )
+    dtype = dtype or torch.promote_types(torch.get_default_dtype(), torch.float32)
     if init == "identity":
-        return torch.eye(num_layers)
-    exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
-    coefficients = torch.empty(num_layers, num_templates, dtype=exact)
+        return torch.eye(num_layers, dtype=dtype)
+    coefficients = torch.empty(num_layers, num_templates, dtype=dtype)
     if init == "orthogonal":
         return nn.init.orthogonal_(coefficients)
     coefficients.normal_()
@@ -66,7 +71,21 @@ def initial_coefficients(num_layers: int, num_templates: int, init: str = "ortho
     return coefficients / math.sqrt((num_layers * num_templates - zeros) / num_layers)
 
 
-class TemplateBank(nn.Module):
+class WeightSource(nn.Module):
+    """What layers draw their weights from; knows whether it was frozen on purpose, not through one of its layers."""
+
+    frozen_on_purpose = False
+
+    def requires_grad_(self, requires_grad: bool = True) -> WeightSource:
+        self.frozen_on_purpose = not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def mix(self, index: int) -> Tensor:
+        """The weight number `index` (from 0)."""
+        raise NotImplementedError
+
+
+class TemplateBank(WeightSource):
     """k templates and the coefficients with which L layers mix their weights from them.
 
     ``bank()`` returns all L weights, ``bank.mix(i)`` that of layer i (from 0).
@@ -91,9 +110,10 @@ class TemplateBank(nn.Module):
 
     Raises:
         ValueError: a number below 1, an empty shape, an unknown init.
-        TypeError: something other than whole numbers.
+        TypeError: something other than whole numbers, a dtype other than floating point.
     """
 
+    @torch.inference_mode(False)  # so that the parameters can learn
     def __init__(
         self,
         num_layers: int,
@@ -114,6 +134,8 @@ class TemplateBank(nn.Module):
             raise TypeError(f"weight_shape must be a sequence of whole numbers, got {weight_shape!r}") from error
         if len(self.weight_shape) == 0 or min(self.weight_shape) < 1:
             raise ValueError(f"weight_shape must have at least one dimension, each at least 1, got {weight_shape!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"the dtype of a bank must be a floating-point one, got {dtype}")
         self.name = name
         self.init = init
         self.channels_last = False
@@ -124,7 +146,7 @@ class TemplateBank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw templates and coefficients anew, as a fresh bank does."""
+        """Draw fresh templates and coefficients."""
         size = self.weight_shape.numel()
         fan_in = size // self.weight_shape[0] if len(self.weight_shape) > 1 else size
         # Drawn in full precision and then converted: QR does not exist in half precision.
@@ -167,6 +189,7 @@ class TemplateBank(nn.Module):
         return self.shaped(self._product(self.coefficients))
 
     def _product(self, coefficients: Tensor) -> Tensor:
+        refuse_sharded(self.templates)
         # Outside autocast: in half precision the gradients of up to L uses of a template would be added up with 8 bits.
         with without_autocast(self.templates.device):
             return coefficients @ self.templates

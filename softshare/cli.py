@@ -1,15 +1,17 @@
-"""The command ``softshare``: list recipes, run them, fold what was trained, report, measure."""
+"""The command ``softshare``: list recipes, run them, fold trained networks, report, measure."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from .files import atomic_file
+from .files import user_path, write_together
 from .folded import fold
 from .folding import plan_fold
 from .speed import benchmark
@@ -36,7 +38,7 @@ from .training.distributed import Disagreement
 from .training.streaming import WorkerDied
 
 _TOLD = (ValueError, OSError, FloatingPointError, NoSuchDevice, Disagreement, WorkerDied)
-"""Errors whose message says all; others, an error of CUDA among them, come with their traceback."""
+"""Errors whose message is enough; others, such as errors of CUDA, come with their traceback."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,29 +51,27 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--profile", choices=PROFILES, default="fast", help="default: fast")
         command.add_argument("--seed", type=int, default=0, help="default: 0")
         command.add_argument("--data", help="data set by name or path; default: the recipe's first one")
-        command.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+        command.add_argument("--device", help="cpu or cuda; default: cuda if available")
         command.add_argument(
             "--runs", default="", help="folder of records; default: data/runs of a checkout, else ./runs"
         )
-        command.add_argument("--checkpoints", default="", help="folder for checkpoints, say one on a mounted drive")
+        command.add_argument("--checkpoints", default="", help="folder for checkpoints, perhaps on a mounted drive")
         command.add_argument("--rehearse", action="store_true", help="toy sizes, to try every step in seconds")
         return command
 
     commands.add_parser("list", help="show all recipes with what they cost")
-    command = recipe_command("run", "train a recipe and write its record, or find the record; a killed run goes on")
-    command.add_argument("--download", action="store_true", help="fetch the data set where no copy is at hand")
+    command = recipe_command("run", "train a recipe and write its record, or find the record; a killed run resumes")
+    command.add_argument("--download", action="store_true", help="fetch the data set if no copy is found")
     command.add_argument(
         "--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120"
     )
     command.add_argument("--quiet", action="store_true", help="show no progress")
     command = recipe_command(
-        "fold", "fold the network that `run` has trained: what becomes one layer, and what it costs"
+        "fold", "fold the network that `run` has trained: which layers become one, and what it costs"
     )
     command.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
-    command.add_argument("--sweep", action="store_true", help="record the costs at every threshold from 0.2 to 1, too")
-    command.add_argument(
-        "--output", type=Path, help="write OUTPUT.json (the plan) and OUTPUT.safetensors (folded weights)"
-    )
+    command.add_argument("--sweep", action="store_true", help="also record the costs at every threshold from 0.2 to 1")
+    command.add_argument("--output", help="write OUTPUT.json (the plan) and OUTPUT.safetensors (folded weights)")
     report = commands.add_parser("report", help="the poster's tables beside what records hold")
     report.add_argument("--runs", default="", help="folder of records")
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
@@ -79,29 +79,32 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--minutes", type=float, required=True, help="how much time there is")
     gpu.add_argument("--rehearse", action="store_true", help="the same list at toy sizes, on any machine")
     gpu.add_argument("--parallel", type=int, default=5, help="small networks that train side by side; default: 5")
-    gpu.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    gpu.add_argument("--device", help="cpu or cuda; default: cuda if available")
     gpu.add_argument("--runs", default="", help="folder of records")
     gpu.add_argument("--checkpoints", default="", help="folder for checkpoints")
-    gpu.add_argument("--download", action="store_true", help="fetch data sets of which no copy is at hand")
+    gpu.add_argument("--download", action="store_true", help="fetch data sets if no copy is found")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 after an error that is told in a line, 130 if stopped by hand."""
+    """Run the command; returns its exit status: 0, 1 after an error that is reported in one line, 130 if stopped by hand."""
+    for stream in (sys.stdout, sys.stderr):  # letters that a terminal does not know are no reason to lose a result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="namereplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     bench = argv[:1] == ["bench"]
     arguments = argparse.Namespace(command="bench") if bench else _parser().parse_args(argv)
     commands = {"list": _list, "run": _run, "fold": _fold, "report": _report, "gpu": _gpu}
     try:
         return benchmark.main(argv[1:]) if bench else commands[arguments.command](arguments)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _TOLD as error:
         print(f"softshare {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        told = "" if bench else "; the same command goes on from the last checkpoint, if there is one"
+        told = "" if bench else "; the same command resumes from the last checkpoint, if there is one"
         print(f"\nstopped{told}", file=sys.stderr)
         return 130
 
@@ -115,10 +118,8 @@ def _duration(seconds: float) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    print(
-        "Estimated time by profile, on one CPU thread / one GPU of a T4's class. CPU: from a measured speed; GPU: from an"
-    )
-    print("assumed one, not measured. * is dropout 0.3. In small profiles networks are narrow relatives.\n")
+    print("Estimated time by profile, on one CPU thread / on one GPU like a T4. The CPU's is from a measured speed, the GPU's")
+    print("from an assumed one, not measured. * is dropout 0.3. Small profiles have narrower networks.\n")
     print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():
         plans = [make_plan(name, profile) for profile in PROFILES]
@@ -186,10 +187,11 @@ def _fold(arguments: argparse.Namespace) -> int:
         from safetensors.torch import save
 
         state = {name: value.cpu().contiguous() for name, value in fold(model, folds).state_dict().items()}
-        plan_path, weights_path = (Path(f"{arguments.output}{end}") for end in (".json", ".safetensors"))
-        for path, content in ((plan_path, (folds.to_json() + "\n").encode()), (weights_path, save(state))):
-            with atomic_file(path) as file:
-                file.write(content)
+        text, output = folds.to_json().encode(), user_path(arguments.output)
+        plan_path, weights_path = (Path(f"{output}{end}") for end in (".json", ".safetensors"))
+        # The weights hold the checksum of their plan, so that two that do not belong together can be told apart.
+        weights = save(state, {"plan": hashlib.sha256(text).hexdigest()})
+        write_together([(plan_path, text), (weights_path, weights)])
         print(f"written: {plan_path}, {weights_path}")
     return 0
 

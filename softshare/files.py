@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,27 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path | None:
-    """The top folder of the checkout that this package lies in; None where it is installed without one."""
-    project = _PACKAGE.parent / "pyproject.toml"
+    """The top folder of the checkout that this package is part of; None for an installed package."""
+    top = _PACKAGE.parent
     try:
-        return project.parent if 'name = "softshare"' in project.read_text(encoding="utf-8") else None
-    except OSError:
+        ours = 'name = "softshare"' in (top / "pyproject.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return None
+    # The file alone proves nothing: some wheels leave theirs beside the packages. A checkout also has its data.
+    return top if ours and (top / "data" / "paper").is_dir() else None
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as a user gave it, with ``~`` for the home folder; every path from outside goes through here.
+
+    Raises FileNotFoundError for ``~`` where this process has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{str(path)!r} begins with ~, but this process has no home folder; set HOME or give the path in full"
+        ) from error
 
 
 def data_folder(name: str) -> Path:
@@ -30,19 +46,42 @@ def data_folder(name: str) -> Path:
 
 
 def bundled_folder(name: str) -> Path:
-    """A folder that is committed: data/<name> of a checkout; without one, the copy that the installed package holds."""
+    """A folder that is committed: data/<name> of a checkout; without one, the copy in the installed package."""
     top = checkout()
     return _PACKAGE / name if top is None else top / "data" / name
 
 
 def cache_folder() -> Path:
-    """Where downloads and decoded copies are kept: data/cache of a checkout, else ~/.cache/softshare."""
+    """Where downloads and decoded copies are kept.
+
+    That is data/cache of a checkout, else softshare in $XDG_CACHE_HOME or ~/.cache. A process without a home folder, as in
+    some containers, gets a folder of its own user among the temporary files.
+    """
     top = checkout()
-    return Path.home() / ".cache" / "softshare" if top is None else top / "data" / "cache"
+    if top is not None:
+        return top / "data" / "cache"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):  # others are to be ignored, says the XDG specification
+        return Path(given) / "softshare"
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "softshare"
+    return _temporary_cache()
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"softshare-{owner}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if state.st_uid == owner and state.st_mode & 0o170077 == 0o040000:  # a folder, and nobody else's business
+            return folder
+    return Path(tempfile.mkdtemp(prefix="softshare-"))
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it is not there, once a file could be written to it. Raises OSError naming it otherwise."""
+    """Make the folder if need be, and return it once a file could be written to it. Raises OSError naming it otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -53,10 +92,10 @@ def writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Any]:
-    """A binary file to write to that stands at `path`, in place of what was there, once the block ends without an error.
+    """A binary file to write to, which replaces the one at `path` when the block ends without an error.
 
-    It is written under a temporary name, flushed to the disk, and renamed. After an error, such as a full disk, what was
-    there is still there; after a kill, at most a file ``*.part`` is left beside it.
+    It is written under a temporary name, flushed to the disk, and renamed. After an error, such as a full disk, the old
+    file is still there; after a kill, at most a file ``*.part`` is left beside it. OSErrors name `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -66,9 +105,11 @@ def atomic_file(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     with contextlib.suppress(OSError):  # so that the new name is on the disk too; not every file system can
         entry = os.open(path.parent, os.O_RDONLY)
@@ -78,21 +119,38 @@ def atomic_file(path: Path) -> Iterator[Any]:
             os.close(entry)
 
 
+def write_together(contents: Sequence[tuple[Path, bytes]]) -> None:
+    """Write files that belong together: all are on the disk before the first of them replaces an older one.
+
+    After an error, such as a full disk, all old files are still there. Only a kill between the renamings, an instant, can
+    leave the files of two writings side by side.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, content in contents:
+            file = stack.enter_context(atomic_file(path))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def json_bytes(fields: Mapping[str, Any]) -> bytes:
+    """Fields as JSON text, with a checksum of them as the field "content"."""
+    return (json.dumps({**fields, "content": content_checksum(fields)}, indent=1) + "\n").encode()
+
+
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write fields as JSON, whole or not at all, with a checksum of them as the field "content"."""
-    checked = {**fields, "content": content_checksum(fields)}
-    with atomic_file(path) as file:
-        file.write((json.dumps(checked, indent=1) + "\n").encode())
+    """Write fields as `json_bytes` makes them, whole or not at all."""
+    write_together([(path, json_bytes(fields))])
 
 
 def content_checksum(fields: Mapping[str, Any]) -> str:
-    """A checksum, 16 hexadecimal digits, of all fields but "content", where it stands."""
+    """A checksum, 16 hexadecimal digits, of all fields except "content", which holds it."""
     rest = {name: value for name, value in fields.items() if name != "content"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_checksum(path: Path, algorithm: str = "sha256") -> str:
-    """A file's checksum in hexadecimal digits, read a block at a time."""
+    """A file's checksum in hexadecimal digits, read block by block."""
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

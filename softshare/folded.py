@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bank import TemplateBank
+from .bank import TemplateBank, WeightSource
 from .folding import FoldPlan, GroupPlan, block_chains, group_members, plan_fold
 from .models.blocks import RecurrentBlock
 from .sharing import draw_weight_from, give_plain_weight, owner_of_bank, shared_layers
 from .similarity import in_double
 
 
-class DistinctWeights(nn.Module):
+class DistinctWeights(WeightSource):
     """The weights that several layers of a folded group use, each held once; a use is a weight times a scale.
 
     Either plain weights (`weights`), or, while more distinct layers than templates are left, a `TemplateBank` with one
@@ -47,7 +47,7 @@ class DistinctWeights(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw plain weights anew by kaiming_normal_, as our networks start; templates are drawn by their own bank."""
+        """Draw fresh plain weights by kaiming_normal_, as our networks start; templates are drawn by their own bank."""
         for weight in getattr(self, "weights", ()):
             nn.init.kaiming_normal_(weight)
 
@@ -87,6 +87,7 @@ class Loop(nn.Module):
         return f"passes={len(self.scales)}"
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
     """A new model in which tied layers use one weight, held once, and aligned repeats of blocks run as loops.
@@ -190,8 +191,8 @@ def _tie_layers(
     cluster_of = {layer: index for index, cluster in enumerate(group.clusters) for layer in cluster}
     users: dict[int, list[tuple[nn.Module, float]]] = {}
     for _, layer in shared_layers(model):
-        if layer.source[0] is bank:
-            number = layer.source[1] + 1
+        if layer.softshare_source[0] is bank:
+            number = layer.softshare_source[1] + 1
             # A loop scales its convolutions' outputs, step by step.
             scale = 1.0 if layer in bodies else group.scales[number - 1]
             users.setdefault(cluster_of[number], []).append((layer, scale))

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from .arguments import count
 from .bank import TemplateBank
+from .files import content_checksum, json_bytes
 from .models.blocks import RecurrentBlock
 from .sharing import banks, shared_layers
 from .similarity import in_double, layer_similarity
 
 # Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.
 _ROUNDING = 1e-13
+
+_FORMAT = "softshare fold plan 2"
 
 
 @dataclass(frozen=True)
@@ -149,18 +152,23 @@ class FoldPlan:
         return "\n".join(str(group) for group in self.groups)
 
     def to_json(self) -> str:
-        """The plan as JSON text, read again by `from_json`."""
-        return json.dumps({"format": "softshare fold plan 1", **asdict(self)}, indent=1)
+        """The plan as JSON text with a checksum, read again by `from_json`."""
+        return json_bytes({"format": _FORMAT, **asdict(self)}).decode()
 
     @classmethod
     def from_json(cls, text: str) -> FoldPlan:
-        """Read a plan. Raises ValueError if the text is not one, TypeError for anything but text."""
+        """Read a plan. Raises ValueError if the text is not one or was edited, TypeError for anything but text."""
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"a plan is read from JSON text, got {type(text).__name__}")
         try:
             data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != "softshare fold plan 1":
-                raise ValueError('the text lacks "format": "softshare fold plan 1"')
+            if not isinstance(data, dict) or data.get("format") != _FORMAT:
+                raise ValueError(f'the text lacks "format": "{_FORMAT}"')
+            if data.get("content") != content_checksum(data):
+                raise ValueError(
+                    "its content does not match its checksum, so it was edited by hand or damaged; softshare.tie makes a plan "
+                    "with clusters of your choice"
+                )
             groups = tuple(
                 GroupPlan(
                     name=str(group["name"]),
@@ -244,7 +252,7 @@ def group_members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]
     """Banks with the paths of the layers that draw from them, in the order of their rows."""
     members: dict[str, tuple[TemplateBank, list[str]]] = {}
     for name, bank in banks(model).items():
-        rows = {layer.source[1]: path for path, layer in shared_layers(model) if layer.source[0] is bank}
+        rows = {layer.softshare_source[1]: path for path, layer in shared_layers(model) if layer.softshare_source[0] is bank}
         if rows and sorted(rows) == list(range(bank.num_layers)):
             members[name] = (bank, [rows[row] for row in range(bank.num_layers)])
     if not members:

@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
-from .arguments import count
+from .arguments import count, without_addresses
 from .bank import CHANNELS_LAST, COEFFICIENT_INITS, TemplateBank
+from .precautions import (
+    DATA_PARALLEL,
+    RefusesPlainWeights,
+    WithoutWeight,
+    guard_data_parallel,
+    overlapping_weights,
+    reason_against,
+    refuse_inference,
+    warn_of_partial_freezing,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,57 +39,43 @@ def _require_module(model: Any) -> None:
         raise TypeError(f"expected a model, a torch.nn.Module, got {type(model).__name__}")
 
 
-class SharedLayer(nn.Module):
+class SharedLayer(RefusesPlainWeights):
     """Mixed into the class of a layer whose weight is made by a bank each time that it is read.
 
-    `source` is the module that makes the weight (it has a ``mix(index)``) and the layer's index in it. It is kept in a
-    tuple, which `nn.Module` does not register: the bank is a child of the group's first layer alone, so its parameters
-    stand in the state dict once, no `nn.Sequential` executes it, and a deep copy of the model follows its own bank.
+    `softshare_source` is the module that makes the weight (it has a ``mix(index)``) and the layer's index in it. It is kept
+    in a tuple, which `nn.Module` does not register: the bank is a child of the group's first layer alone, so its parameters
+    are in the state dict once, no `nn.Sequential` executes it, and a deep copy of the model follows its own bank. The names
+    are long so that a layer's own attributes survive.
     """
 
-    plain_class: type[nn.Module]
-    source: tuple[Any, int]
+    softshare_plain_class: type[nn.Module]
+    softshare_source: tuple[Any, int]
 
     @property
     def weight(self) -> Tensor:
-        module, index = self.source
+        module, index = self.softshare_source
         return module.mix(index)  # type: ignore[no-any-return]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise AttributeError(
-                "the weight of a shared layer is mixed from its template bank and cannot be assigned: change the bank's "
-                "templates or coefficients, or work on softshare.unshare(model)"
-            )
-        super().__setattr__(name, value)
-
     def reset_parameters(self) -> None:
-        """Draw the whole bank anew: a shared layer has no weight of its own to reset. Its bias stays as it is."""
-        self.source[0].reset_parameters()
+        """Draw a fresh bank: a shared layer has no weight of its own to reset. Its bias stays as it is."""
+        self.softshare_source[0].reset_parameters()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time; copies and pickles make it again from the plain one.
-        custom: Any = getattr(self.plain_class, "__getstate__", None)
+        plain: Any = self.softshare_plain_class
+        custom = getattr(plain, "__getstate__", None)
         usual = custom is None or custom is getattr(object, "__getstate__", None)
-        return _empty_layer, (self.plain_class,), self.__dict__ if usual else custom(self)
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(_DATA_PARALLEL)
+        return _empty_layer, (plain,), self.__dict__ if usual else custom(self)
 
     def extra_repr(self) -> str:
-        module, index = self.source
+        module, index = self.softshare_source
         return f"{super().extra_repr()}, shared: layer {index + 1} of {module.name!r}"
-
-
-_DATA_PARALLEL = (
-    "nn.DataParallel copies layers without their template bank, so a softly shared model cannot run in it; "
-    "use torch.nn.parallel.DistributedDataParallel"
-)
 
 
 @functools.cache
 def _shared_class(plain: type[nn.Module]) -> type[SharedLayer]:
-    return type(f"Shared{plain.__name__}", (SharedLayer, plain), {"plain_class": plain, "__module__": plain.__module__})
+    members = {"softshare_plain_class": plain, "__module__": plain.__module__}
+    return type(f"Shared{plain.__name__}", (SharedLayer, plain), members)
 
 
 def _empty_layer(plain: type[nn.Module]) -> SharedLayer:
@@ -92,18 +87,19 @@ def draw_weight_from(layer: nn.Module, module: nn.Module, index: int) -> None:
     """From now on `layer.weight` is ``module.mix(index)``; `layer` may be plain or draw from elsewhere already."""
     if not isinstance(layer, SharedLayer):
         del layer._parameters["weight"]
+        layer._parameters = WithoutWeight(layer._parameters)
         layer.__class__ = _shared_class(type(layer))  # type: ignore[arg-type]
-    layer.source = (module, index)  # type: ignore[assignment]
+    layer.softshare_source = (module, index)  # type: ignore[assignment]
 
 
 def give_plain_weight(layer: nn.Module, weight: Tensor, learns: bool) -> None:
     """Turn a shared layer back into one of its plain class that holds a copy of `weight`, contiguous, as its parameter."""
     assert isinstance(layer, SharedLayer)
     layer._modules.pop("bank", None)
-    del layer.source
-    layer.__class__ = layer.plain_class  # type: ignore[assignment]
+    del layer.softshare_source
+    layer.__class__ = layer.softshare_plain_class  # type: ignore[assignment]
     others = dict(layer._parameters)
-    layer._parameters.clear()  # so that the weight comes first again, as in a layer that never was shared
+    layer._parameters = {}  # so that the weight comes first again, as in a layer that never was shared
     plain = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=learns)
     layer.register_parameter("weight", plain)
     layer._parameters.update(others)
@@ -117,17 +113,29 @@ def share_(
 ) -> dict[str, TemplateBank]:
     """Make the layers of a model share parameters softly, in place.
 
+    **The weights of shared layers are drawn at random**, as for a new network: what a trained model has learned is lost.
+    ``init="svd"`` keeps it, exactly for as many templates as layers, else as well as k templates can.
+
     Convolutions (1-D to 3-D, also transposed) and linear layers of one class, weight shape, `groups`, dtype and device
     form a group; stride, padding, dilation and bias may differ, and biases stay with their layer. Each group of two or
     more layers gets a bank of ``min(templates, layers)`` templates; its layers are numbered in the order in which the
-    model registers them. ``layer.weight`` is the mixed weight wherever it is read; assigning it raises AttributeError.
+    model registers them. ``layer.weight`` is the mixed weight wherever it is read. Templates are scaled so that the mixed
+    weights of a group keep the mean square of the weights that they replace.
 
-    Templates are scaled so that the mixed weights of a group keep the mean square of the weights that they replace.
-    A bank is a child module of its group's first layer, so that no container executes it: do not cut that layer off.
-    Changing a shared weight's data in place (``nn.init`` on it, ``weight.data``) changes a mixture that is thrown away;
-    change the bank.
-    Layers that are frozen, lazy, parametrized or normalised by a hook, or whose weight another module also holds, are
-    left alone and named in one warning.
+    - **Writing into** ``layer.weight`` **has no effect**: each read makes a new mixture, so what is written into one
+      (``nn.init``, clamping, renormalising, ``weight.data += ...``, merging LoRA adapters into it) is thrown away with it,
+      and PyTorch offers no way to notice. Change the bank, or work on ``unshare(model)``. Assigning the weight, or loading a
+      plain one by `load_state_dict`, raises an error.
+    - **Freezing.** A bank belongs to all layers of its group, and is a child module of the first one, so that no container
+      executes it (do not cut that layer off). So setting ``requires_grad`` on the parameters of one layer freezes the whole
+      group, or nothing but a bias; `decay_groups` warns of both. One layer: freeze it before sharing. A group:
+      ``banks(model)[name].requires_grad_(False)``. All but the coefficients: ``model.requires_grad_(False)``, then
+      ``bank.coefficients.requires_grad_(True)`` for each bank.
+    - **Several devices.** DistributedDataParallel works, and so does ``fully_shard`` on the whole model; not on single
+      blocks, nor tensor parallelism.
+
+    Layers that are frozen, lazy, parametrized or normalised by a hook, whose weights are not real floating-point numbers or
+    belong to another module or parameter too, are left alone and named in one warning.
 
     Args:
         model: any module; make optimizers after this call, since the parameters change.
@@ -135,21 +143,22 @@ def share_(
         select: called with the name and module of each layer that could be shared; layers for which it returns the same
             key form a group named after the key, those for which it returns None are left alone.
         init: of the coefficients, see `initial_coefficients`; or "svd": coefficients and templates start as the best
-            approximation of the present weights, which is exact for as many templates as layers.
+            approximation of the current weights.
 
     Returns:
         The new banks by group name, as `banks` names them.
 
     Raises:
         TypeError: `model` is not a module, `templates` not a whole number.
-        ValueError: fewer than one template, an unknown init, a key that mixes weight shapes, dtypes or devices, or
-            nothing (more) to share. The model is unchanged then.
+        ValueError: fewer than one template, an unknown init, a key that mixes weight shapes, dtypes or devices, nothing
+            (more) to share, or a model that was built under `torch.inference_mode`. The model is unchanged then.
         RuntimeError: the model is an `nn.DataParallel`.
     """
     new = share_groups(model, templates, select, init, keep_scale=True)
     return {name: bank for name, bank in banks(model).items() if any(bank is other for other in new)}
 
 
+@torch.inference_mode(False)  # what is made here has to learn, wherever it is called
 def share_groups(
     model: nn.Module,
     templates: int,
@@ -168,11 +177,12 @@ def share_groups(
     if init not in (*COEFFICIENT_INITS, "svd"):
         raise ValueError(f"unknown init {init!r}; known: {', '.join(COEFFICIENT_INITS)}, svd")
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise RuntimeError(_DATA_PARALLEL)
+        raise RuntimeError(DATA_PARALLEL)
+    refuse_inference(model)
     groups, left_alone = _groups(model, select)
     if left_alone:
         listed = ", ".join(f"{name} ({reason})" for name, reason in left_alone.items())
-        warnings.warn(f"share_ leaves these layers alone: {listed}", stacklevel=3)
+        warnings.warn(f"share_ leaves these layers alone: {listed}", stacklevel=4)  # share_'s caller
     if not groups:
         already = sum(isinstance(module, SharedLayer) for module in model.modules())
         raise ValueError(
@@ -180,7 +190,7 @@ def share_groups(
             f"device, or the same key of select ({already} layers are shared already, {len(left_alone)} left alone)"
         )
     made = [(_bank_for(layers, min(templates, len(layers)), init, name, keep_scale), layers) for name, layers in groups]
-    _guard_data_parallel()
+    guard_data_parallel(SharedLayer)
     for bank, layers in made:
         for index, layer in enumerate(layers):
             draw_weight_from(layer, bank, index)
@@ -200,6 +210,7 @@ def _groups(
 ) -> tuple[list[tuple[str, list[nn.Module]]], dict[str, str]]:
     """Groups of at least two layers with their names, and the layers left alone with the reason for each."""
     holders = Counter(id(weight) for module in model.modules() for weight in set(module._parameters.values()))
+    overlaps = overlapping_weights(model)
     grouped: dict[Hashable, list[nn.Module]] = {}
     left_alone = {}
     for name, layer in model.named_modules():
@@ -212,7 +223,8 @@ def _groups(
                 continue
             if not isinstance(key, Hashable):
                 raise TypeError(f"select must return something hashable, such as a string, got {key!r} for {name!r}")
-        if reason := _reason_against(layer, holders):
+        number = id(layer._parameters.get("weight"))
+        if reason := reason_against(layer, holders[number], number in overlaps):
             left_alone[name or type(layer).__name__] = reason
             continue
         grouped.setdefault(key, []).append(layer)
@@ -226,7 +238,7 @@ def _groups(
                 + "; layers of one group need the same shape, dtype and device"
             )
         if len(layers) > 1:
-            groups.append((_label(layers[0]) if select is None else str(key), layers))
+            groups.append((_label(layers[0]) if select is None else without_addresses(str(key)), layers))
     return groups, left_alone
 
 
@@ -242,23 +254,6 @@ def _label(layer: nn.Module) -> str:
     groups = getattr(layer, "groups", 1)
     kind = type(layer).__name__.removeprefix("NonDynamicallyQuantizable")  # PyTorch's name for attention's own layers
     return f"{kind} {shape}" + (f" groups={groups}" if groups != 1 else "")
-
-
-def _reason_against(layer: nn.Module, holders: Counter[int]) -> str | None:
-    weight = layer._parameters.get("weight")
-    if isinstance(layer, LazyModuleMixin):
-        return "lazy: run the model once first"
-    if parametrize.is_parametrized(layer):
-        return "parametrized"
-    if weight is None:
-        return "normalised or pruned by a hook"
-    if not weight.requires_grad:
-        return "frozen"
-    if hasattr(layer, "bank"):
-        return "it has an attribute named bank already"
-    if holders[id(weight)] > 1:
-        return "another module holds the same weight"
-    return None
 
 
 @torch.no_grad()
@@ -282,21 +277,6 @@ def _bank_for(layers: Sequence[nn.Module], k: int, init: str, name: str, keep_sc
         mixed = bank.coefficients.to(exact) @ bank.templates.to(exact)
         bank.templates.mul_((replaced.square().mean() / mixed.square().mean()).sqrt())
     return bank
-
-
-@functools.cache
-def _guard_data_parallel() -> None:
-    """From now on, putting a softly shared model into `nn.DataParallel` raises, also where only one device would be used.
-
-    Without it the failure would come only on a machine with several GPUs, at the first batch.
-    """
-
-    def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if isinstance(parent, nn.DataParallel) and child is not None:
-            if any(isinstance(module, SharedLayer) for module in child.modules()):
-                raise RuntimeError(_DATA_PARALLEL)
-
-    nn.modules.module.register_module_module_registration_hook(check)
 
 
 def banks(model: nn.Module) -> dict[str, TemplateBank]:
@@ -328,19 +308,24 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weight decay on everything but the coefficients of banks.
 
     That is what the authors' code does; they report that decaying the coefficients hurt. Coefficients are told apart by
-    identity, not by name. A model without banks gets one group.
+    identity, not by name. A model without banks gets one group. Warns where freezing the parameters of one shared layer has
+    frozen its whole group, or nothing but its bias; see `share_` on freezing.
 
-    Raises ValueError for a negative `weight_decay`.
+    Raises ValueError for a negative `weight_decay`, or a layer whose bank is not part of the model.
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     present = set(model.modules()) if isinstance(model, nn.Module) else set()
+    users: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
     for name, layer in shared_layers(model):
-        if layer.source[0] not in present:
+        users.setdefault(layer.softshare_source[0], []).append((name, layer))
+        if layer.softshare_source[0] not in present:
             raise ValueError(
                 f"the layer {name!r} draws its weight from a bank that is not part of this model, so the bank would not be "
                 "trained; it belongs to the first layer of its group, which was cut off or replaced"
             )
+    for source, layers in users.items():
+        warn_of_partial_freezing(model, source, layers)
     coefficients = {id(bank.coefficients) for bank in banks(model).values()}
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in coefficients]
     undecayed = [parameter for parameter in model.parameters() if id(parameter) in coefficients]
@@ -348,16 +333,17 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # so that a mixed weight tells whether it learns
 def unshare(model: nn.Module) -> nn.Module:
     """A copy of the model in which every layer holds its own plain weight; same outputs, the original is untouched.
 
-    An unshared SWRN has the state dict of the WRN of its size. Use it to export a model, or to save it for code that
-    does not know softshare. On a model without shared layers it is a plain copy.
+    An unshared SWRN has the state dict of the WRN of its size. Use it to export a model, to merge, clamp or prune weights,
+    or to save it for code that does not know softshare. On a model without shared layers it is a plain copy.
     """
     _require_module(model)
     model = copy.deepcopy(model)
-    with torch.enable_grad():  # so that a mixed weight tells whether it learns
-        weights = [(layer, layer.weight) for _, layer in shared_layers(model)]  # all are read before any bank goes
+    weights = [(layer, layer.weight) for _, layer in shared_layers(model)]  # all are read before any bank goes
     for layer, weight in weights:
         give_plain_weight(layer, weight, weight.requires_grad)
     return model

@@ -78,7 +78,7 @@ def recurrence_penalty(model: nn.Module) -> Tensor:
     if sums:
         return -torch.stack(sums).sum()
     parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    return torch.zeros((), device=None if parameter is None else parameter.device, dtype=torch.float32)
 
 
 def initial_similarity(
@@ -90,11 +90,11 @@ def initial_similarity(
     the usual range of this statistic, say its 95th percentile. The default random generator is left as it was.
     """
     count("draws", draws)
-    largest = torch.zeros(draws)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the same whatever PyTorch's defaults are
+        largest = torch.zeros(draws, dtype=torch.float32)
+        torch.default_generator.manual_seed(seed)  # that of the CPU alone
         for draw in range(draws):
-            similarity = layer_similarity(initial_coefficients(num_layers, num_templates, init))
+            similarity = layer_similarity(initial_coefficients(num_layers, num_templates, init, torch.float32))
             largest[draw] = similarity.fill_diagonal_(0.0).max()
     return largest
 

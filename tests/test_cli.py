@@ -44,7 +44,7 @@ def test_wrong_arguments_are_told_in_a_line(arguments, told, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_told(tmp_path, capsys):
     assert cli.main(["run", "CNN", "--device", "cuda", "--runs", str(tmp_path)]) == 1
-    assert "sees no CUDA GPU here" in capsys.readouterr().err
+    assert "finds no CUDA GPU on this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

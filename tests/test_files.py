@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softshare import files
-from softshare.files import atomic_file, content_checksum, file_checksum, writable, write_json
+from softshare.files import atomic_file, content_checksum, file_checksum, writable, write_json, write_together
 
 # ----------------------------------------------------------------------------------------------------------- whole files
 
@@ -31,6 +31,26 @@ def test_a_file_stands_there_once_it_is_whole(tmp_path):
         file.flush()
         assert path.read_bytes() == b"first second", "what was there stays until the new one is whole"
     assert path.read_bytes() == b"other" and os.listdir(path.parent) == ["a.bin"]
+
+
+def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
+    """No byte of either is lost when the disk is full at the second."""
+    both = [tmp_path / "plan.json", tmp_path / "weights.bin"]
+    write_together([(path, b"old") for path in both])
+    fsync = os.fsync
+
+    def full(number):
+        if os.readlink(f"/proc/self/fd/{number}").endswith(".part") and "weights" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{both[1]}'"):
+        write_together([(path, b"new") for path in both])
+    assert [path.read_bytes() for path in both] == [b"old", b"old"] and len(os.listdir(tmp_path)) == 2
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_together([(path, b"new") for path in both])
+    assert [path.read_bytes() for path in both] == [b"new", b"new"] and len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
@@ -131,25 +151,89 @@ def test_checksums_of_files(tmp_path, size):
 def test_a_checkout_keeps_its_data_beside_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "softshare")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "softshare"\n')
+    (tmp_path / "data" / "paper").mkdir(parents=True)
     assert files.checkout() == tmp_path
     assert files.data_folder("runs") == files.bundled_folder("runs") == tmp_path / "data" / "runs"
     assert files.cache_folder() == tmp_path / "data" / "cache"
-    assert not (tmp_path / "data").exists(), "asking makes nothing"
+    assert not (tmp_path / "data" / "cache").exists(), "asking makes nothing"
 
 
-@pytest.mark.parametrize("project", [None, '[project]\nname = "another"\n'])
+@pytest.mark.parametrize(
+    "project", [None, "", '[project]\nname = "another"\n', b"\xff", '[project]\nname = "softshare"\n']
+)
 def test_an_installed_package_has_no_checkout(tmp_path, monkeypatch, project):
     """It brings what is committed, and writes where the user works."""
-    if project:
-        (tmp_path / "pyproject.toml").write_text(project)
+    if project is not None:  # some wheels leave theirs beside the packages; the last one is even our own
+        (tmp_path / "pyproject.toml").write_bytes(project if isinstance(project, bytes) else project.encode())
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "softshare")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert files.checkout() is None
     assert files.data_folder("runs") == tmp_path / "here" / "runs"
     assert files.bundled_folder("runs") == tmp_path / "softshare" / "runs"
     assert files.cache_folder() == tmp_path / "home" / ".cache" / "softshare"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert files.cache_folder() == tmp_path / "home" / ".cache" / "softshare"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.cache_folder() == tmp_path / "xdg" / "softshare"
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """A process without HOME and without an entry in passwd, whose temporary files are in a folder of the test."""
+
+    def no_home(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(Path, "expanduser", lambda path: no_home() if str(path).startswith("~") else path)
+    monkeypatch.setattr(files, "checkout", lambda: None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files._temporary_cache.cache_clear()
+    yield tmp_path
+    files._temporary_cache.cache_clear()
+
+
+def test_without_a_home_the_cache_is_among_the_temporary_files_and_its_users_own(homeless):
+    folder = files.cache_folder()
+    assert folder == files.cache_folder() and folder.parent == homeless
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files._temporary_cache.cache_clear()
+    assert files.cache_folder() == folder, "the next process finds it again"
+
+
+@pytest.mark.parametrize("trap", ["open to others", "a link", "a file"])
+def test_a_place_that_somebody_else_prepared_is_not_trusted(homeless, trap):
+    place = homeless / f"softshare-{os.getuid()}"
+    if trap == "a link":
+        (homeless / "elsewhere").mkdir(mode=0o700)
+        place.symlink_to(homeless / "elsewhere")
+    elif trap == "a file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    folder = files.cache_folder()
+    assert folder != place and folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_path_from_outside_knows_the_home_folder_or_says_that_there_is_none(tmp_path, monkeypatch, request):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.user_path("~/x") == tmp_path / "x" and files.user_path(Path("~/x.y")) == tmp_path / "x.y"
+    request.getfixturevalue("homeless")
+    assert files.user_path("x") == Path("x")
+    with pytest.raises(FileNotFoundError, match="'~/x' begins with ~, but this process has no home folder; set HOME"):
+        files.user_path("~/x")
+
+
+def test_every_path_of_the_package_that_a_user_gives_knows_the_home_folder():
+    """Path.expanduser is called in one place alone, so that no option is treated unlike its neighbour."""
+    package = Path(files.__file__).parent
+    found = [path.name for path in package.rglob("*.py") if ".expanduser" in path.read_text(encoding="utf-8")]
+    assert found == ["files.py"]
 
 
 def test_the_tests_run_in_a_checkout():

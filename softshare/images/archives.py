@@ -1,18 +1,16 @@
-"""Image folders and archives of them: read without being unpacked, checked before they are believed."""
+"""Image folders and archives of them: read without being unpacked, checked before they are trusted."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import itertools
 import os
-import re
 import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -20,86 +18,180 @@ from PIL import Image
 from ..files import file_checksum
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
-# [wrapping folder/]split/class/[image]; hidden classes and images do not count
-_PLACE = re.compile(r"(?:([^/]+)/)?([^/]+)/([^/.][^/]*)/([^/.][^/]*\.(?:jpe?g|png|bmp|ppm|webp))?", re.IGNORECASE)
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+"""Of the images that are read, in capitals or not."""
+
+_DECODING = 2  # raised when the same files come to be read as other images or labels
+
 Labels = dict[str, dict[str, int]]  # split -> name of an image -> number of its class
 
 
 class OtherClasses(ValueError):
-    """An image folder or archive of one does not have the classes that were asked for."""
+    """An image folder or archive does not have the classes that were asked for."""
 
 
 def label_images(
     path: Path, splits: Collection[str], needed: Collection[str], only: Sequence[str] = ()
-) -> tuple[tuple[str, ...], Labels]:
+) -> tuple[tuple[str, ...], Labels, str]:
     """The classes and the labels of the images in a folder or archive; classes, and images of a class, sorted by name.
 
-    They stand at its root as split/class/file or, if none do, one folder deeper; a class folder without images counts.
-    Raises OtherClasses unless the classes are those of `only`, and ValueError for several image folders, a needed split
-    that is missing, and splits of different classes.
+    Images are in split/class/file, at the root or, if there are none, one folder deeper; a class folder without images
+    counts. The third part says which files in these folders are left out, for their ending or their place, hidden ones
+    aside; "" without any. It is for a warning.
+
+    Raises OtherClasses unless the classes are those of `only`, at the first one of another name; ValueError for several
+    image folders, a needed split that is missing, splits of different classes, and links to images that are not there;
+    OSError for folders that cannot be read.
     """
-    if path.is_dir():
-        patterns = [f"{top}{split}/*/{file}" for top in ("", "*/") for split in splits for file in ("", "*")]
-        names = [name.replace(os.sep, "/") for pattern in patterns for name in glob.iglob(pattern, root_dir=path)]
-    else:
-        names = [name for name, _ in read_files(path)]
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (wrapping folder or "", split, class) -> names
-    for name in names:
-        place = _PLACE.fullmatch(name)
-        if place and place[2] in splits:
-            top, split, label, file = place.groups("")
-            found[top, split, label] += [name] if file else []
+    others: dict[str, list[str]] = defaultdict(list)  # wrapping folder or "" -> files that are no images of a class
+    foreign = OtherClasses(f"{path} does not hold the ten classes of CIFAR-10; to load it, give its path as the name")
+    for name, is_folder in _folder_names(path, splits) if path.is_dir() else _archive_names(path):
+        place = _place(name, splits)
+        if place is None:
+            continue
+        top, split, label, *below = place
+        if not below and not is_folder:  # a file beside the class folders
+            others[top].append(name)
+            continue
+        if only and label not in only and not (top and any(not place[0] for place in found)):
+            raise foreign
+        images = found[top, split, label]
+        if below and not is_folder:
+            is_image = len(below) == 1 and name.lower().endswith(ENDINGS)
+            (images if is_image else others[top]).append(name)
     at_root = [place for place in found if not place[0]]
     tops, present, classes = (sorted({place[part] for place in at_root or found}) for part in range(3))
     if only and classes != sorted(only):
-        raise OtherClasses(f"{path} does not hold the ten classes of CIFAR-10; to load it, give its path as the name")
+        raise foreign
     if len(tops) > 1:
         raise ValueError(f"{path} holds several image folders: {', '.join(tops)}; give the path of one of them")
     for split in set(needed).difference(present):
         known = ", ".join(present) or "none"
         raise ValueError(f"{path} has no split {split!r}: no images as {split}/<class>/<file>; its splits: {known}")
+    left_out = f"{path}: {_told(others[tops[0]])}" if others[tops[0]] else ""
     labels: Labels = {split: {} for split in present}
     for split, (number, label) in itertools.product(present, enumerate(classes)):
         files = found[tops[0], split, label]
         if not files:
-            raise ValueError(f"{path}: split {split!r} has no images of {label}")
+            raise ValueError(f"{path}: split {split!r} has no images of {label}; {left_out}".rstrip("; "))
         labels[split] |= dict.fromkeys(sorted(files), number)
-    return tuple(classes), labels
+    return tuple(classes), labels, left_out
+
+
+def first_class(path: Path, splits: Collection[str]) -> str | None:
+    """The first class that the first thousand entries of an archive show; None if none do, or it cannot be read.
+
+    It tells what an archive is likely to be without reading all of it; nothing is verified yet.
+    """
+    try:
+        for name, _ in itertools.islice(_members(path), 1000):
+            place = _place(name, splits)
+            if place and (name.endswith("/") or len(place) > 3):
+                return place[2]
+    except Exception:  # of many kinds; whoever reads it in full will say so
+        return None
+    return None
+
+
+def _place(name: str, splits: Collection[str]) -> tuple[str, ...] | None:
+    """A name taken apart: wrapping folder or "", split, class or file, and what is below; None if it is elsewhere."""
+    parts = name.rstrip("/").split("/")
+    top, rest = ("", parts) if parts[0] in splits else (parts[0], parts[1:])
+    if len(rest) < 2 or rest[0] not in splits or any(part.startswith(".") for part in rest[1:]):
+        return None
+    return (top, *rest)
+
+
+def _archive_names(path: Path) -> Iterator[tuple[str, bool]]:
+    """The name of everything in an archive, and whether it is a folder."""
+    return ((name, name.endswith("/")) for name, _ in read_files(path))
+
+
+def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """The same of everything in the splits of an image folder, those at its root or, without any, one folder deeper."""
+    tops = [""] if any((path / split).is_dir() for split in splits) else [f"{e.name}/" for e in _entries(path) if e.is_dir()]
+    absent: list[str] = []
+
+    def below(folder: str) -> Iterator[tuple[str, bool]]:
+        for entry in _entries(path / folder):
+            name, is_folder = f"{folder}/{entry.name}", entry.is_dir()
+            yield name, is_folder
+            if is_folder:
+                yield from below(name)
+            elif entry.is_symlink() and name.lower().endswith(ENDINGS) and not os.path.exists(entry):
+                absent.append(name)
+
+    for folder in (f"{top}{split}" for top in tops for split in splits if (path / top / split).is_dir()):
+        yield from below(folder)
+    if absent:
+        raise ValueError(
+            f"{path}: {len(absent)} images are links to files that are not there, such as {absent[0]}; fetch the files, or delete "
+            "the links"
+        )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _told(names: Sequence[str]) -> str:
+    """How many files are left out, by the reason, with an example for each."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        ending = PurePosixPath(name).suffix
+        kinds[f"*{ending}" if ending.lower() not in ENDINGS else "in another place"].append(name)
+    listed = "; ".join(f"{len(each)} {kind}, such as {each[0]}" for kind, each in sorted(kinds.items()))
+    number = f"{len(names)} files are" if len(names) > 1 else "1 file is"
+    return f"{number} left out ({listed}); images are read from <split>/<class>/<file> with the endings {' '.join(ENDINGS)}"
 
 
 def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
     """The name of everything in an archive (a folder's ends with a slash), with its content if wanted, else b"".
 
-    Of a folder, the wanted files alone. Raises ValueError for a damaged or unsafe archive, at the latest at its end.
+    Names of Windows, with backslashes, come with slashes. Of a folder, the wanted files alone. Raises ValueError for a
+    damaged or unsafe archive, at the latest at its end; OSError for one that cannot be read.
     """
     if path.is_dir():
         yield from ((name, (path / name).read_bytes()) for name in wanted if (path / name).is_file())
         return
     _verify_listed(path)
     try:
-        for name, file in _zipped(path) if zipfile.is_zipfile(path) else _tarred(path):
-            parts = name.split("/")
-            if name.startswith("/") or parts[0].endswith(":") or ".." in parts or "\\" in name:
-                raise ValueError(f"the path {name!r} leads out of it")
-            name = name.removeprefix("./")
-            yield name, file.read() if name in wanted else b""
+        for name, member in _members(path):
+            yield name, member.read() if name in wanted else b""
     except Exception as error:  # of many kinds, depending on the format and the damage
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
+            raise  # that is not the archive's fault
         raise ValueError(f"{path} is truncated, damaged, unsafe or not an archive: {error}") from error
 
 
+def _members(path: Path) -> Iterator[tuple[str, Any]]:
+    """The name of everything in an archive, as `read_files` gives it, with its open file."""
+    with open(path, "rb") as file:
+        if not any(file.read(512)):  # tarfile would take all of them for an empty archive, block by block
+            raise ValueError("it begins with zeros, as a download for which only the room was reserved")
+    for given, member in _zipped(path) if zipfile.is_zipfile(path) else _tarred(path):
+        name = given.replace("\\", "/")
+        parts = name.split("/")
+        if name.startswith("/") or parts[0].endswith(":") or ".." in parts:
+            raise ValueError(f"the path {given!r} leads out of it")
+        yield name.removeprefix("./"), member
+
+
 def open_image(data: bytes) -> Image.Image:
-    """An image, not yet decoded. Raises errors of many kinds for what is none, and for more than 8 bits a channel."""
-    if data.startswith(b"\x89PNG"):  # its checksums are not looked at otherwise
+    """An image, not yet decoded. Raises errors of many kinds for anything else, and for more than 8 bits per channel."""
+    if data.startswith(b"\x89PNG"):  # its checksums are not verified otherwise
         Image.open(io.BytesIO(data)).verify()
     image = Image.open(io.BytesIO(data))
     if image.mode[0] in "IF":
-        raise ValueError(f"its pixels are not of 8 bits a channel but of mode {image.mode}")
+        raise ValueError(f"its pixels do not have 8 bits per channel, but the mode {image.mode}")
     return image
 
 
 def _zipped(path: Path) -> Iterator[tuple[str, Any]]:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-        # One damaged length hides the next entry, but the number of entries also stands in the last record of the file.
+        # One damaged length hides the next entry, but the last record of the file also holds the number of entries.
         raw.seek(-12 - len(archive.comment), os.SEEK_END)
         if int.from_bytes(raw.read(2), "little") != min(len(archive.infolist()), 0xFFFF):
             raise ValueError("its list of files is damaged")
@@ -114,8 +206,8 @@ def _tarred(path: Path) -> Iterator[tuple[str, Any]]:
             if not (member.isfile() or member.isdir()):
                 raise ValueError(f"{member.name} is a link or a device")
             yield member.name + "/" * member.isdir(), tar.extractfile(member)
-        # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros. Reading on to
-        # the end of the file verifies the checksum of a compressed one.
+        # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros. Reading to the end
+        # of the file verifies the checksum of a compressed one.
         stream: Any = tar.fileobj
         stream.seek(tar.offset)
         if stream.read(512) != bytes(512):
@@ -133,7 +225,7 @@ def verify(path: Path, expected: str) -> None:
 
 
 def _verify_listed(path: Path) -> None:
-    """Check an archive against a SHA256SUMS beside it, where there is one that names it."""
+    """Check an archive against a SHA256SUMS file next to it, if there is one that lists it."""
     sums = path.with_name("SHA256SUMS")
     if sums.is_file():
         for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -142,10 +234,17 @@ def _verify_listed(path: Path) -> None:
                 verify(path, f"sha256:{digest.lower()}")
 
 
-def content_key(path: Path) -> str:
-    """What a cached copy is found by: an archive's content; a folder's file names, sizes and times."""
+def content_key(path: Path, names: Collection[str] = ()) -> str:
+    """What a decoded copy is found by: an archive's content, or names, sizes, times and places on the disk of a folder's files.
+
+    What decodes is part of it too: another version of Pillow may give other pixels. Raises OSError for a file that is gone.
+    """
+    made_by = f"{_DECODING} Pillow {Image.__version__}"
     if path.is_file():
-        return file_checksum(path)[:24]
-    files = sorted(os.path.join(folder, file) for folder, _, files in os.walk(path.resolve()) for file in files)
-    states = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+        return hashlib.sha256(f"{made_by} {file_checksum(path)}".encode()).hexdigest()[:24]
+    states = [made_by, os.fsencode(path.resolve())]
+    for name in sorted(names):
+        # A file can be given its old time again after a change, but not the time of that change (st_ctime).
+        state = os.stat(path / name)
+        states.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return hashlib.sha256(repr(states).encode()).hexdigest()[:24]

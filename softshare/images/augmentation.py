@@ -13,24 +13,25 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=8)
 def _statistics(mean: tuple[float, ...], deviation: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept on the device: copying them there for every batch would make the host wait for it. Made outside inference
-    # mode, since a training step may need them later.
+    # Kept on the device: copying them there for every batch would make the host wait. Made outside inference mode,
+    # since a training step may need them later.
     with torch.inference_mode(False):
-        return tuple(torch.tensor(each, device=device).view(1, -1, 1, 1) for each in (mean, deviation))  # type: ignore
+        both = (torch.tensor(each, device=device, dtype=torch.float32) for each in (mean, deviation))
+        return tuple(each.view(1, -1, 1, 1) for each in both)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Normalisation and random changes of training images, for a whole batch on whatever device holds it.
+    """Normalisation and random changes of training images, for a whole batch on the device that holds it.
 
     In the order of the authors' code: flip, black padding and crop, normalisation, then cutout: one square hole of zeros
     whose centre is uniform over the image, clipped at the border (DeVries and Taylor, 2017).
 
     Attributes:
-        mean, deviation: of each channel, 0 to 255.
+        mean, deviation: per channel, 0 to 255.
         flip: whether to mirror images with probability 1/2.
         pad: pixels of padding before the crop; 0: none.
-        cutout: side of the hole; 0: none.
+        cutout: side of the hole in pixels; 0: none.
     """
 
     mean: Sequence[float]
@@ -40,18 +41,19 @@ class Augmentation:
     cutout: int = 0
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 to float32, mean 0 and deviation 1 a channel over the data set; for evaluation."""
+        """(N, 3, H, W) uint8 to float32 with mean 0 and deviation 1 per channel over the data set; for evaluation."""
         mean, deviation = _statistics(tuple(self.mean), tuple(self.deviation), images.device)
         return (images.float() - mean) / deviation
 
     def draw(self, n: int, seed: int, epoch: int, side: int = 32) -> Tensor:
-        """What happens to each of n images in one epoch, (n, 5) int64: flip, crop row and column, hole row and column.
+        """The random draws for n images in one epoch, (n, 5) int64: flip, crop row and column, hole row and column.
 
-        Depends on seed, epoch and the image's index alone, not on batch size or device.
+        They depend only on seed, epoch and the image's index, not on batch size or device.
         """
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
         numbers = (2, 2 * self.pad + 1, 2 * self.pad + 1, side, side)
-        return torch.stack([torch.randint(number, (n,), generator=generator) for number in numbers], dim=1)
+        drawn = [torch.randint(number, (n,), generator=generator, device="cpu", dtype=torch.int64) for number in numbers]
+        return torch.stack(drawn, dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""

@@ -1,8 +1,10 @@
-"""CIFAR-10 and CIFAR-100 wherever a copy is found: the binary edition, or CIFAR-10 as an image folder or archive."""
+"""CIFAR-10 and CIFAR-100 from a copy wherever one is: the binary edition, or CIFAR-10 as an image folder or archive."""
 
 from __future__ import annotations
 
+import errno
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from .archives import ARCHIVE_SUFFIXES, OtherClasses, read_files, verify
+from .archives import ARCHIVE_SUFFIXES, OtherClasses, first_class, read_files, verify
 from .folders import SPLITS, load_folder
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
@@ -61,15 +63,22 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
     edition = EDITIONS[name]
     places = [files.cache_folder()]
     if given := root or os.environ.get("SOFTSHARE_DATA"):
-        places.insert(0, Path(given).expanduser())
+        places.insert(0, files.user_path(given))
         if not places[0].exists():
             raise FileNotFoundError(f"root or $SOFTSHARE_DATA names {places[0]}, which does not exist")
+    refused: list[tuple[Path, Exception]] = []
     for place in places:
         for path in (place, place / edition.folder, place / edition.archive):
             if path.name in (edition.folder, edition.archive) and path.exists():
                 return _load_binary(path, edition, split)
-        if name == "cifar10" and (found := _load_ten_classes(place, split)):
+        if name == "cifar10" and (found := _load_ten_classes(place, split, refused)):
+            _warn_of(refused)
             return found
+    for path, error in refused:
+        # Most likely the copy that was meant?
+        if path.is_dir() or "cifar" in path.name.lower() or first_class(path, SPLITS) in CIFAR10_CLASSES:
+            raise error
+    _warn_of(refused)
     if download:
         return _load_binary(_download(edition), edition, split)
     raise FileNotFoundError(
@@ -79,8 +88,16 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
     )
 
 
-def _load_ten_classes(place: Path, split: str) -> ImageSet | None:
-    """CIFAR-10 from the first image folder, or else archive of one, at a place that has its ten classes by name."""
+def _warn_of(refused: Sequence[tuple[Path, Exception]]) -> None:
+    for path, error in refused:
+        warnings.warn(f"passed over while looking for CIFAR-10: {error}", stacklevel=4)
+
+
+def _load_ten_classes(place: Path, split: str, refused: list[tuple[Path, Exception]]) -> ImageSet | None:
+    """CIFAR-10 from the first image folder, or else archive of one, at a place that has its ten classes by name.
+
+    What cannot be read goes to `refused`: it may have nothing to do with CIFAR-10.
+    """
     if place.is_file():
         return load_folder(place, split, CIFAR10_CLASSES)
     airplanes = [path for top in ("", "*/", "*/*/") for each in SPLITS for path in place.glob(f"{top}{each}/airplane")]
@@ -88,16 +105,13 @@ def _load_ten_classes(place: Path, split: str) -> ImageSet | None:
     archives = [path for path in place.glob("*") if path.name.lower().endswith(ARCHIVE_SUFFIXES) and path.is_file()]
     archives = [path for path in archives if path.name not in official]
     archives.sort(key=lambda path: ("cifar" not in path.name.lower(), path.name))  # the likely ones first
-    refused = []
     for path in [*sorted({path.parents[1] for path in airplanes}), *archives]:
         try:
             return load_folder(path, split, CIFAR10_CLASSES)
         except OtherClasses:
             continue
-        except ValueError as error:  # perhaps nothing of ours: it counts only if nothing better is found
-            refused.append(error)
-    if refused:
-        raise refused[0]
+        except (ValueError, OSError) as error:
+            refused.append((path, error))
     return None
 
 
@@ -107,11 +121,15 @@ def _download(edition: Edition) -> Path:
     folder, archive = files.cache_folder(), edition.archive
     try:
         return Path(pooch.retrieve(edition.url, edition.hash, archive, folder, progressbar=True))
-    except ValueError as error:
-        raise ValueError(f"{edition.url}: the download does not have the published checksum: {error}") from error
-    except OSError as error:
+    except OSError as error:  # those of requests, such as a proxy's, are OSErrors, and some of them ValueErrors as well
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # that is the disk's fault
         told = f"could not download {edition.url}: {error}. Without network, put {archive} into {folder}"
         raise ConnectionError(told) from error
+    except ValueError as error:
+        if "hash" not in str(error):
+            raise
+        raise ValueError(f"{edition.url}: the download does not have the published checksum: {error}") from error
 
 
 def _load_binary(path: Path, edition: Edition, split: str) -> ImageSet:

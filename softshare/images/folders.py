@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .. import files
-from .archives import content_key, label_images, open_image, read_files
+from .archives import Labels, OtherClasses, content_key, first_class, label_images, open_image, read_files
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
 SPLITS = ("train", "test")
@@ -18,24 +19,38 @@ _CACHED_FROM = 2000  # images; fewer are read again faster than a copy is found
 
 
 def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
-    """Read an image folder or an archive of one, or its decoded copy."""
-    key = content_key(path)
+    """Read an image folder or an archive of one, or its decoded copy; warns of files that are left out.
+
+    Raises OtherClasses unless the classes are those of `only`, if given.
+    """
+    if path.is_dir():
+        labelled = label_images(path, SPLITS, [split], only)
+        names = [name for labels in labelled[1].values() for name in labels]
+    else:
+        labelled, names = None, []
+        if only and (shown := first_class(path, SPLITS)) not in (None, *only):
+            raise OtherClasses(f"{path} holds the class {shown!r}")  # a large archive is so passed over unread
+    key = content_key(path, names)
     copies = {name: files.cache_folder() / f"images-{key}-{name}.npz" for name in SPLITS}
     kept = _read_copy(copies[split])
-    if kept and (not only or kept.classes == only):
-        return kept
-    splits = _decode(path, split, only)
-    for name, found in splits.items():
-        if len(found.labels) >= _CACHED_FROM:
-            _write_copy(copies[name], found)
-    return splits[split]
+    if kept and (not only or kept[0].classes == only):
+        found, left_out = kept
+    else:
+        classes, labels, left_out = labelled or label_images(path, SPLITS, [split], only)
+        splits = _decode(path, classes, labels)
+        for name, each in splits.items():
+            if len(each.labels) >= _CACHED_FROM:
+                _write_copy(copies[name], each, left_out)
+        found = splits[split]
+    if left_out:
+        warnings.warn(left_out, stacklevel=3)
+    return found
 
 
-def _decode(path: Path, needed: str, only: Sequence[str]) -> dict[str, ImageSet]:
+def _decode(path: Path, classes: tuple[str, ...], splits: Labels) -> dict[str, ImageSet]:
     """Read all splits of an image folder or archive in one pass."""
     from tqdm import tqdm
 
-    classes, splits = label_images(path, SPLITS, [needed], only)
     wanted = {name for labels in splits.values() for name in labels}
     pixels: dict[str, np.ndarray] = {}
     formats = set()
@@ -60,18 +75,20 @@ def _decode(path: Path, needed: str, only: Sequence[str]) -> dict[str, ImageSet]
     return found
 
 
-def _write_copy(path: Path, found: ImageSet) -> None:
-    meta = json.dumps({"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint})
-    # No room, or a read-only place: the next reading decodes again.
+def _write_copy(path: Path, found: ImageSet, left_out: str) -> None:
+    facts = {"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint, "left out": left_out}
+    meta = json.dumps(facts)
+    # On a full disk or in a read-only place: the next reading decodes again.
     with contextlib.suppress(OSError), files.atomic_file(path) as file:
         np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
 
 
-def _read_copy(path: Path) -> ImageSet | None:
+def _read_copy(path: Path) -> tuple[ImageSet, str] | None:
+    """The images, and what was left out of them."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             meta = json.loads(str(kept["meta"]))
             found = image_set(kept["images"], kept["labels"], tuple(meta["classes"]), meta["source"])
-            return found if found.fingerprint == meta["fingerprint"] else None
+            return (found, meta["left out"]) if found.fingerprint == meta["fingerprint"] else None
     except Exception:  # there is none, or it is damaged, which shows in many kinds of errors
         return None

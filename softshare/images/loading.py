@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import user_path
 from .archives import ARCHIVE_SUFFIXES
 from .cifar import EDITIONS, load_cifar
 from .folders import SPLITS, load_folder
@@ -39,7 +40,7 @@ def load(name: str, split: str, root: str | Path | None = None, download: bool =
         return load_digits(split)
     if name in EDITIONS:
         return load_cifar(name, split, root, download)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if str(name) and path.exists():
         return load_folder(path, split)
     if path.name == str(name) and not path.name.lower().endswith(ARCHIVE_SUFFIXES):

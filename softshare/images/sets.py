@@ -1,4 +1,4 @@
-"""One split of a data set in memory: images, labels, and a fingerprint that tells it from all others."""
+"""One split of a data set in memory: images, labels, and a fingerprint that identifies it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ImageSet:
         """Two disjoint sets: n images drawn at random, and the rest. Raises ValueError unless 0 < n < all."""
         if not 0 < count("n", n) < len(self.labels):
             raise ValueError(f"n must be above 0 and below the number of images ({len(self.labels)}), got {n}")
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
         first, second = (self._with(self.images[part], self.labels[part]) for part in (order[:n], order[n:]))
         return first, second
 

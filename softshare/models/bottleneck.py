@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..bank import without_autocast
 from ..sharing import share_groups
-from .blocks import RecurrentBlock, scaled
+from .blocks import RecurrentBlock, logits, mean_over_pixels, scaled
+
+torch.fx.wrap("mean_over_pixels")  # by its name in this file, too
 
 BLOCKS = (3, 4, 6, 3)
-"""Of each stage of a network of 50 layers."""
+"""Blocks in each stage of a network of 50 layers."""
 
 
 class Bottleneck(RecurrentBlock):
     """1x1 reduction, 3x3 convolution, 1x1 expansion, each followed by BatchNorm, plus a shortcut; ReLU after the sum.
 
-    (N, C_in, H, W) to (N, C_out, H / stride, W / stride); the 3x3 convolution strides. With `project`, the shortcut is a
-    1x1 convolution and BatchNorm, otherwise the input itself.
+    (N, C_in, H, W) to (N, C_out, H / stride, W / stride); the stride is that of the 3x3 convolution. With `project`,
+    the shortcut is a 1x1 convolution and BatchNorm, otherwise the input itself.
     """
 
     layer_names = ("conv1", "conv2", "conv3")
@@ -48,7 +49,7 @@ class Bottleneck(RecurrentBlock):
 
 
 class BottleneckResNet(nn.Module):
-    """A 7x7 stem of 64 channels and a maximum, each halving the image; four stages; mean over pixels; linear classifier.
+    """A 7x7 stem of 64 channels and max pooling, each halving the image; four stages; pixel mean; linear classifier.
 
     (N, 3, H, W) images to (N, num_classes) logits. Made by `wrn50` and `swrn50`.
     """
@@ -83,16 +84,14 @@ class BottleneckResNet(nn.Module):
         x = self.stage2(x)  # (N, 512, H/8, W/8)
         x = self.stage3(x)  # (N, 1024, H/16, W/16)
         x = self.stage4(x)  # (N, 2048, H/32, W/32)
-        x = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))  # (N, 2048)
-        with without_autocast(x.device):  # as in `WideResNet`
-            return self.classifier(x.to(self.classifier.weight.dtype))  # type: ignore[no-any-return]
+        return logits(mean_over_pixels(x), self.classifier)  # (N, 2048) to (N, num_classes)
 
 
 def wrn50(width: int = 2, num_classes: int = 1000) -> BottleneckResNet:
     """WRN 50-width (Zagoruyko and Komodakis, 2016, their ImageNet network), (N, 3, H, W) to (N, num_classes).
 
-    ResNet-50 (He et al., 2016) with stride on the 3x3 convolutions and `width` times as many inner channels in each
-    bottleneck; `width` 2 has 68.9 M parameters with 1,000 classes.
+    ResNet-50 (He et al., 2016) with the stride on the 3x3 convolutions and `width` times as many inner channels in each
+    bottleneck. With `width` 2 and 1,000 classes it has 68.9 M parameters.
 
     Raises:
         ValueError: a width or number of classes below 1.
@@ -102,17 +101,17 @@ def wrn50(width: int = 2, num_classes: int = 1000) -> BottleneckResNet:
 
 
 def swrn50(width: int = 2, templates: int | None = None, num_classes: int = 1000) -> BottleneckResNet:
-    """SWRN 50-width: a `wrn50` whose layers of one shape share a bank of templates within their stage.
+    """SWRN 50-width: a `wrn50` whose layers of the same shape share a bank of templates within each stage.
 
-    In each stage the 1x1 reductions, the 3x3 convolutions and the 1x1 expansions of all blocks but the first draw from a
-    bank each, "stage1.conv1" to "stage4.conv3", of 2, 3, 5 and 2 layers. That there is one group a shape and stage is
-    remembered from the paper, not confirmed; that the first block shares nothing is our reading, by analogy with the
-    authors' CIFAR networks: its reduction has another shape, and its 3x3 convolution strides. Initialised like
-    `softshare.models.swrn`. Ties fold into weights used again; not into loops, for which all layers of a block must stand
-    in one group.
+    In each stage, the 1x1 reductions, the 3x3 convolutions and the 1x1 expansions of all blocks except the first draw
+    from one bank each, "stage1.conv1" to "stage4.conv3", for 2, 3, 5 and 2 layers. One group per shape and stage is
+    remembered from the paper, not confirmed. That the first block shares nothing is our reading, by analogy with the
+    authors' CIFAR networks: its reduction has a different shape, and its 3x3 convolution has a stride. Initialised like
+    `softshare.models.swrn`. Ties fold into reused weights, but not into loops, which need all layers of a block in one
+    group.
 
     Args:
-        templates: k, at most as many as layers are used in each group; None: one template a layer.
+        templates: k, of which each group uses at most as many as it has layers; None: one template per layer.
 
     Raises:
         ValueError: as `wrn50`, or templates below 1.

@@ -32,28 +32,28 @@ FAMILIES: dict[str, Callable[[Network, int], nn.Module]] = {
     "CNN": _grid,
     "WRN": _wide,
 }
-"""How a network of each family is made from what its name says and a number of classes.
+"""The function that builds the networks of each family from a parsed name and a number of classes.
 
 :meta hide-value:
 """
 
 
 def build(name: str | Network, num_classes: int | None = None) -> nn.Module:
-    """Build a network by the name that the poster gives it.
+    """Build a network by its name on the poster.
 
     ``"SWRN 28-10-2"`` is depth 28, widening factor 10, 2 templates per group; ``"SWRN 28-10"`` has one template per layer;
-    ``*`` stands for dropout 0.3. Depth 50 is the bottleneck network for ImageNet, which has none (`wrn50`, `swrn50`).
+    ``*`` stands for dropout 0.3. Depth 50 is the bottleneck network for ImageNet, which has no dropout (`wrn50`, `swrn50`).
     ``"CNN"``, ``"SCNN"`` (one template per layer), ``"SCNN-k"`` and ``"SCNN 100 layers"`` are the networks of the
-    shortest-path task, of 20 layers unless the name says otherwise; they have no classes. Works under
-    ``torch.device("meta")``, so that parameters can be counted without memory.
+    shortest-path task, with 20 layers unless the name says otherwise; they have no classes. Works under
+    ``torch.device("meta")``, so that parameters can be counted without allocating memory.
 
     Args:
-        name: see above; `softshare.models.names` reads it. A `Network` is taken as it is.
-        num_classes: default: 1,000 for the networks for ImageNet, else 10.
+        name: see above; `softshare.models.names` parses it. A `Network` is used as it is.
+        num_classes: by default 1,000 for ImageNet networks, else 10.
 
     Raises:
         ValueError: an unknown name (the message lists the known forms), a network of the poster for which there is no model
-            yet, or numbers that `wrn` or `swrn` refuse.
+            yet, or numbers that `wrn` or `swrn` reject.
         TypeError: a name that is neither a string nor a `Network`.
     """
     network = name if isinstance(name, Network) else Network.parse(name)

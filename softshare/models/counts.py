@@ -1,4 +1,4 @@
-"""What a network holds and what it computes: parameters and multiply-adds, counted without memory for either."""
+"""Counts a network's parameters and multiply-adds without allocating memory for it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def parameters(name: str | Network) -> int:
 
 
 def multiply_adds(name: str | Network, side: int | None = None) -> int:
-    """Multiply-adds of one example's forward pass, those of the plain network: mixing templates is not counted.
+    """Multiply-adds of one example's forward pass through the plain network; mixing templates is not counted.
 
-    `side` is that of the square input in pixels; by default 224 for networks for ImageNet, else 32. Convolutions and linear
-    layers count, nothing else does. Raises ValueError as `build` does.
+    `side` is the side of the square input in pixels, by default 224 for ImageNet networks, else 32. Only convolutions
+    and linear layers are counted. Raises ValueError as `build` does.
     """
     network = name if isinstance(name, Network) else Network.parse(name)
     return _multiply_adds(network.plain, side or (224 if network.imagenet else 32))

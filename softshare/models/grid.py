@@ -30,7 +30,7 @@ class GridBlock(RecurrentBlock):
 
 
 class GridNet(nn.Module):
-    """A 1x1 convolution from 2 channels, a stack of `GridBlock`, a 1x1 convolution to one logit a pixel.
+    """A 1x1 convolution from 2 channels, a stack of `GridBlock`, a 1x1 convolution to one logit per pixel.
 
     (N, 2, H, W) grids (queries, obstacles; bool or floating) of any size to (N, H, W) logits. Made by `gridnet`.
     """
@@ -51,7 +51,7 @@ class GridNet(nn.Module):
         """What the network would answer if it stopped after 0, 1, ... layers: its head applied to the features so far.
 
         (N, 2, H, W) to (N, layers + 1, H, W) bool, on the network's device. Raises ValueError for inputs of another shape,
-        and in training mode, in which BatchNorm would learn from them.
+        and in training mode, where BatchNorm would learn from them.
         """
         if grids.dim() != 4 or grids.shape[1] != 2:
             raise ValueError(f"inputs must be (N, 2, H, W), got {tuple(grids.shape)}")
@@ -72,7 +72,7 @@ def gridnet(layers: int = 20, width: int = 32, templates: int | None = None) -> 
 
     Args:
         layers: number of 3x3 layers.
-        width: channels.
+        width: number of channels.
         templates: k of the one bank, "layers", that all 3x3 layers share (SCNN); None: plain weights (CNN).
 
     Raises:

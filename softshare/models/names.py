@@ -1,4 +1,4 @@
-"""The names that the poster gives its networks: the one place that takes them apart and puts them together."""
+"""The names of networks on the poster: the one place where they are parsed and written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 GRID_LAYERS, GRID_WIDTH = 20, 32
-"""Layers and channels of the network of the shortest-path task, where its name says nothing else."""
+"""Layers and channels of the network of the shortest-path task, unless its name gives others."""
 
 CELL_WIDTHS = {
     "NASNet-A": {"3.3M": 32, "27.6M": 96},
@@ -16,27 +16,27 @@ CELL_WIDTHS = {
     "SNAS": {"2.8M": 36},
     "ENAS": {"4.6M": 36},
 }
-"""Channels of each searched network by its size on the poster; the plain name is the first one's."""
+"""Channels of each searched network by its size on the poster; a name without a size means the first."""
 
 OTHERS: dict[str, int] = {}
-"""Networks that are not on the poster, by family, with their width where a name says nothing else."""
+"""Networks that are not on the poster, by family, with their width unless a name gives another."""
 
 KNOWN = (
-    '"WRN L-w", "SWRN L-w" (one template per layer), "SWRN L-w-k", each also with * for dropout 0.3 (say "WRN 28-10", '
+    '"WRN L-w", "SWRN L-w" (one template per layer), "SWRN L-w-k", each also with * for dropout 0.3 (such as "WRN 28-10", '
     '"SWRN 28-10-2*"); "WRN 50-2", "SWRN 50-2", "SWRN 50-2-k" for ImageNet; '
     '"CNN", "SCNN", "SCNN-k", "SCNN 100 layers" for the shortest-path task; "ResNeXt-29 16x64", "DenseNet 100-24", '
     '"DenseNet-BC 190-40", "DenseNet-264", "ResNet-200"; "NASNet-A", "NASNet-A 27.6M", "AmoebaNet-B", "AmoebaNet-B 13.7M", '
-    '"AmoebaNet-B 34.9M", "DARTS", "SNAS", "ENAS"; "width N" after a name that holds no width makes a narrower relative'
+    '"AmoebaNet-B 34.9M", "DARTS", "SNAS", "ENAS"; "width N" after a name without a width makes a narrower version'
 )
 
 _NARROW = {"WRN": 1, "CNN": 12, "ResNeXt": 4, "DenseNet": 4, "ResNet": 8} | dict.fromkeys(CELL_WIDTHS, 4)
-_UNNAMED_WIDTHS = {"CNN": GRID_WIDTH, "DenseNet": 32, "ResNet": 64}  # where a name says none
-_COMPRESSED = (190, 264)  # depths of DenseNets that have bottlenecks and compression though their names do not say so
+_UNNAMED_WIDTHS = {"CNN": GRID_WIDTH, "DenseNet": 32, "ResNet": 64}  # where a name gives none
+_COMPRESSED = (190, 264)  # depths of DenseNets with bottlenecks and compression, although their names do not say so
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a name says of a network; ``str`` gives the name back in the poster's spelling.
+    """What a name says about a network; ``str`` gives the name back in the poster's spelling.
 
     Attributes:
         family: "WRN", "CNN", "ResNeXt", "DenseNet", "ResNet", or a searched network such as "DARTS".
@@ -44,8 +44,8 @@ class Network:
         width: widening factor (WRN), channels (CNN, searched), width of a group (ResNeXt), growth rate (DenseNet), or
             channels of the first stage (ResNet).
         shared: whether layers draw their weights from templates.
-        templates: k, the templates of each group; None: one per layer, also where the name says so by a number.
-        dropout: whether there is dropout of 0.3, the star on the poster.
+        templates: k, the number of templates per group; None: one per layer, even if the name gives that as a number.
+        dropout: whether there is dropout of 0.3 (the star on the poster).
         cardinality: groups of a ResNeXt's convolutions.
         compressed: whether a DenseNet has bottlenecks and compression (DenseNet-BC).
     """
@@ -61,7 +61,7 @@ class Network:
 
     @classmethod
     def parse(cls, name: str) -> Network:
-        """Read a name; how it is spaced does not matter.
+        """Parse a name; its spacing does not matter.
 
         Raises:
             ValueError: an unknown name (the message lists the known forms), or one that contradicts itself.
@@ -84,12 +84,12 @@ class Network:
         return replace(self, shared=False, templates=None)
 
     def narrowed(self, width: int | None = None) -> Network:
-        """The same network, at most `width` wide; by default as narrow as profile fast has it."""
+        """The same network, at most `width` wide; by default as narrow as in profile fast."""
         return replace(self, width=min(self.width, _NARROW.get(self.family, self.width) if width is None else width))
 
     @property
     def grids(self) -> bool:
-        """Whether it answers grids of the shortest-path task, (N, 2, H, W), rather than images."""
+        """Whether it takes grids of the shortest-path task, (N, 2, H, W), rather than images."""
         return self.family == "CNN"
 
     @property
@@ -123,10 +123,10 @@ def _wide(match: re.Match[str]) -> Network:
     if templates and not shared:
         raise ValueError(f"a plain network has no templates, got {match[0]!r}; did you mean 'S{match[0]}'?")
     if star and depth == "50":
-        raise ValueError(f"the networks of depth 50 have no dropout, so no * either, got {match[0]!r}")
+        raise ValueError(f"networks of depth 50 have no dropout, so their names have no *, got {match[0]!r}")
     k = int(templates) if templates else None
     if k and depth != "50" and k >= (int(depth) - 4) // 3 - 2 > 0:
-        k = None  # as many as there are layers to share them is one per layer, however it is written
+        k = None  # one per sharing layer, however it is written
     return Network("WRN", int(depth), int(width), bool(shared), k, bool(star))
 
 
@@ -154,7 +154,7 @@ def _cells(match: re.Match[str]) -> Network:
     family, size, width = match.groups()
     sizes = CELL_WIDTHS[family]
     if size and width:
-        raise ValueError(f"a name holds a size or a width, not both, got {match[0]!r}")
+        raise ValueError(f"a name may give a size or a width, not both, got {match[0]!r}")
     if size and size not in sizes:
         raise ValueError(f"unknown size {size!r} of {family}; known: {', '.join(sizes)}")
     return Network(family, None, int(width) if width else sizes[size] if size else next(iter(sizes.values())))

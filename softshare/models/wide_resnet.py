@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..bank import without_autocast
 from ..sharing import share_groups
-from .blocks import RecurrentBlock, scaled
+from .blocks import RecurrentBlock, logits, mean_over_pixels, scaled
+
+torch.fx.wrap("mean_over_pixels")  # by its name in this file, too
 
 
 class Block(RecurrentBlock):
@@ -75,21 +76,18 @@ class WideResNet(nn.Module):
         x = self.stage1(x)  # (N, 16 w, H, W)
         x = self.stage2(x)  # (N, 32 w, H/2, W/2)
         x = self.stage3(x)  # (N, 64 w, H/4, W/4)
-        x = F.relu(self.norm(x)).mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))  # (N, 64 w)
-        # Logits are kept in the parameters' precision under autocast: it costs nothing, and bfloat16 matrix products crash
-        # on some virtual machines that announce matrix units which they do not have.
-        with without_autocast(x.device):
-            return self.classifier(x.to(self.classifier.weight.dtype))  # type: ignore[no-any-return]
+        x = mean_over_pixels(F.relu(self.norm(x)))  # (N, 64 w)
+        return logits(x, self.classifier)
 
 
 def wrn(depth: int, width: int, num_classes: int = 10, dropout: float = 0.0) -> WideResNet:
     """Wide ResNet WRN depth-width, (N, 3, H, W) to (N, num_classes).
 
-    Convolutions have no bias, shortcuts no BatchNorm; dropout acts between the two convolutions of a block.
+    Convolutions have no bias and shortcuts no BatchNorm; dropout acts between the two convolutions of a block.
 
     Raises:
-        ValueError: a depth other than 6n + 4 with n >= 1 (10, 16, 22, 28, ...), a width or number of classes below 1, a
-            dropout outside [0, 1).
+        ValueError: a depth other than 6n + 4 with n >= 1 (10, 16, 22, 28, ...), a width or number of classes below 1,
+            or a dropout outside [0, 1).
         TypeError: sizes that are not whole numbers.
     """
     _check(depth, width, num_classes, dropout)
@@ -99,22 +97,22 @@ def wrn(depth: int, width: int, num_classes: int = 10, dropout: float = 0.0) -> 
 def swrn(
     depth: int, width: int, templates: int | None = None, num_classes: int = 10, dropout: float = 0.0
 ) -> WideResNet:
-    """Shared Wide ResNet SWRN depth-width-templates: a `wrn` with one bank of templates a stage.
+    """Shared Wide ResNet SWRN depth-width-templates: a `wrn` with one bank of templates per stage.
 
-    The two convolutions of every block but the first of each stage draw their weights from the stage's bank, named
+    The two convolutions of every block except the first in each stage draw their weights from the stage's bank, named
     "stage1" to "stage3", so L = (depth - 4) / 3 - 2 layers share k templates. Initialised as in the authors' code
     (kaiming_normal_ templates, orthogonal coefficients), without the rescaling that `share_` does.
 
     Args:
-        templates: k, at most L is used; None: one template a layer, "SWRN depth-width" on the poster.
+        templates: k, of which at most L are used; None: one template per layer, "SWRN depth-width" on the poster.
 
     Raises:
-        ValueError: as `wrn`, or a depth too small to share (n >= 2 blocks a stage are needed), or templates below 1.
+        ValueError: as `wrn`, or a depth too small to share (n >= 2 blocks per stage are needed), or templates below 1.
         TypeError: sizes that are not whole numbers.
     """
     _check(depth, width, num_classes, dropout)
     if depth < 16:
-        raise ValueError(f"SWRN depth must be at least 16, two blocks a stage, for layers to share; got {depth}")
+        raise ValueError(f"SWRN depth must be at least 16 (two blocks per stage) for layers to share, got {depth}")
     layers = (depth - 4) // 3 - 2
     templates = layers if templates is None else count("templates", templates)
     model = WideResNet(depth, width, num_classes, dropout)

@@ -1,6 +1,6 @@
-"""The book's pictures: a style, still plots, and pictures that a reader moves.
+"""The book's pictures: a style, static plots, and interactive pictures.
 
-The pictures that move need the extra "moving": Altair for pages, ipywidgets where a kernel runs. All else needs matplotlib.
+The interactive ones need the extra "moving": Altair for pages, ipywidgets where a kernel runs. The rest needs matplotlib.
 """
 
 from .evolution_chart import evolution

@@ -1,6 +1,6 @@
-"""What the charts that move have in common: a picture of squares, a sentence that follows the controls, colour ramps.
+"""What the interactive charts have in common: a picture of squares, a sentence that follows the controls, colour ramps.
 
-Altair is imported where it is used, since the still plots must work without it.
+Altair is imported where it is used, since the static plots must work without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RED_TO_BLUE = ("#67001F", "#D6604D", "#FDDBC7", "#F7F7F7", "#D1E5F0", "#4393C3",
 
 
 def data(rows: Iterable[Mapping[str, Any]]) -> alt.Data:
-    """Rows of values by name, as what a chart is drawn from."""
+    """Rows of named values, as the data of a chart."""
     import altair as alt
 
     return alt.Data(values=list(rows))
@@ -39,9 +39,9 @@ def squares(
     Args:
         rows: with "x" and "y", counted from the left and from the top, and whatever `value` uses.
         value: a Vega expression of the row (``datum``) and of the controls.
-        title: above the picture.
-        side: its width in pixels of the screen.
-        domain: the least and the greatest value; others get the colours of these two.
+        title: shown above the picture.
+        side: width of the picture in screen pixels.
+        domain: the smallest and the largest value; values beyond them get their colours.
         colours: the ramp between them.
         shape: height / width of the picture.
     """
@@ -66,7 +66,7 @@ def squares(
 def sentence(expression: str, rows: alt.Data | None = None, width: int = 340, size: int = 13) -> alt.Chart:
     """One line of text, made by a Vega expression from one row of data (none: from the controls alone).
 
-    `width` and the letters' `size` are in pixels of the screen.
+    `width` and the font's `size` are in screen pixels.
     """
     import altair as alt
 
@@ -75,7 +75,7 @@ def sentence(expression: str, rows: alt.Data | None = None, width: int = 340, si
 
 
 def written(chart: alt.Chart, expression: str, size: int = 13) -> alt.Chart:
-    """A chart whose rows, after its transforms so far, are shown as text: for a sentence about many rows."""
+    """A chart that shows its rows, after the transforms so far, as text: for a sentence about many rows."""
     import altair as alt
 
     return (

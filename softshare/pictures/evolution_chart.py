@@ -1,4 +1,4 @@
-"""The picture of chapter 3 that moves through training: similarity matrices at its start and at a chosen moment."""
+"""Chapter 3's interactive picture of training: similarity matrices at the start and at a chosen moment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def evolution(runs: Mapping[str, SimilarityRecorder], unit: str = "epoch") -> Mo
     """Similarity matrices over training, one column per group: at the start above, at the chosen moment below.
 
     Args:
-        runs: what was recorded, by the name of the run; all with the same groups, and with snapshots at the same steps,
-            two or more of them, equally far apart.
-        unit: in which the recorders count their steps.
+        runs: the recordings, by name of the run; all with the same groups, and with two or more snapshots at the same,
+            equally spaced steps.
+        unit: the unit in which the recorders count their steps.
 
     Raises:
         ValueError: no runs, or runs that differ in their steps or groups.
@@ -31,7 +31,7 @@ def evolution(runs: Mapping[str, SimilarityRecorder], unit: str = "epoch") -> Mo
     layers = {name: {group: found[group].shape[1] for group in found} for name, found in matrices.items()}
     groups = list(next(iter(matrices.values())))
     if len({str(each) for each in layers.values()}) > 1 or not groups:
-        raise ValueError(f"runs must have the same groups with as many layers, got {layers}")
+        raise ValueError(f"runs must have the same groups with equal numbers of layers, got {layers}")
     picture = _Evolution(steps, matrices, groups, unit)
     return Moving(
         picture.controls(), picture.chart(), picture.draw,
@@ -49,7 +49,7 @@ def _common_steps(runs: Mapping[str, SimilarityRecorder]) -> np.ndarray:
     for name, run in runs.items():
         if not np.array_equal(run.steps, steps) or not len(gaps) or not np.allclose(gaps, gaps[0]):
             raise ValueError(
-                f"snapshots must be two or more, at the same steps, equally far apart; {name!r} has {run.steps}"
+                f"there must be two or more snapshots, at the same steps, equally far apart; {name!r} has {run.steps}"
             )
     return steps
 
@@ -63,7 +63,7 @@ class _Evolution:
 
     @property
     def gap(self) -> float:
-        """Between one snapshot and the next."""
+        """Steps from one snapshot to the next."""
         return float(self.steps[1] - self.steps[0])
 
     def controls(self) -> dict[str, Slider | Choice]:
@@ -101,7 +101,7 @@ class _Evolution:
         return alt.vconcat(*(part.transform_filter("datum.run == run") for part in parts), spacing=10)
 
     def draw(self, step: float, run: str) -> Figure:
-        """The same with matplotlib, at one moment of one run."""
+        """The same picture with matplotlib, at one moment of one run."""
         moment = round((step - self.steps[0]) / self.gap)
         rows = {
             "at the start": {group: self.matrices[run][group][0] for group in self.groups},

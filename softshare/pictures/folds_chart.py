@@ -1,4 +1,4 @@
-"""The picture of chapter 3 that moves through thresholds: which layers merge, which become loops, and what that costs."""
+"""Chapter 3's interactive picture of folding: which layers merge, which become loops, and what that costs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .moving import Choice, Moving, Slider
 from .style import COLOURS, CYCLE, cluster_colours, ink
 
 Sweeps = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
-"""The rows of `softshare.folded.sweep`, by the way of measuring and the name of the network."""
+"""The rows of `softshare.folded.sweep`, by way of measuring and name of the network."""
 
-_LINE = 2.0  # from one group to the next, in boxes
+_LINE = 2.0  # distance from one group to the next, in boxes
 
 
 def folds(
@@ -30,14 +30,14 @@ def folds(
     sweeps: Sweeps,
     evaluate: Mapping[str, Callable[[nn.Module], float]] | None = None,
 ) -> Moving:
-    """Layers merge as the threshold falls: boxes of one colour use one weight, frames are loops; below, the error.
+    """Layers merge as the threshold falls: boxes of one colour share a weight, frames are loops; the error is below.
 
     Args:
         networks: by name; all with the same groups.
-        sweeps: for each way to measure the error (in percent) a name, such as "statistics kept", and what
-            `softshare.folded.sweep` returned for each network; all at the same thresholds, equally far apart.
-        evaluate: how the live figure measures the error of a folded network (in percent), by the same names; without it,
-            it shows none.
+        sweeps: for each way of measuring the error (in percent), under a name such as "statistics kept", what
+            `softshare.folded.sweep` returned for each network; all at the same, equally spaced thresholds.
+        evaluate: how the live figure measures the error of a folded network (in percent), by the same names; without
+            these functions it shows no error.
 
     Raises:
         ValueError: a network without its sweeps, networks of different groups, or thresholds that do not agree.
@@ -52,7 +52,7 @@ def folds(
     picture = _Folds(networks, sweeps, evaluate or {}, thresholds, plans)
     return Moving(
         picture.controls(), picture.chart(), picture.draw,
-        "The layers of each stage as boxes in the order of execution. Boxes of one colour use one weight, grey boxes keep "
+        "The layers of each stage as boxes in the order of execution. Boxes of one colour share a weight, grey boxes keep "
         "their own, dashed frames are loops. Below, the test error against the threshold. Controls choose the threshold and "
         "the network.",
     )  # fmt: skip
@@ -66,7 +66,7 @@ def _check_groups(networks: Mapping[str, nn.Module], sweeps: Sweeps) -> None:
         name: {group: len(bank.coefficients) for group, bank in banks(net).items()} for name, net in networks.items()
     }
     if len({str(each) for each in sizes.values()}) > 1:
-        raise ValueError(f"networks must have the same groups with as many layers, got {sizes}")
+        raise ValueError(f"networks must have the same groups with equal numbers of layers, got {sizes}")
 
 
 def _common_thresholds(networks: Mapping[str, nn.Module], sweeps: Sweeps) -> list[float]:
@@ -79,7 +79,7 @@ def _common_thresholds(networks: Mapping[str, nn.Module], sweeps: Sweeps) -> lis
             mine = sorted(row["threshold"] for row in found[name])
             if mine != thresholds or gap == 0 or not np.allclose(np.diff(mine), gap):
                 raise ValueError(
-                    f"thresholds must be the same everywhere, equally far apart; {name!r}, {way}, has {mine}"
+                    f"thresholds must be the same everywhere and equally far apart; {name!r}, {way}, has {mine}"
                 )
     return thresholds
 
@@ -100,7 +100,7 @@ class _Folds:
 
     @property
     def groups(self) -> tuple[GroupPlan, ...]:
-        """The groups of some plan: all plans have the same, with as many layers."""
+        """The groups of any plan: all plans have the same groups with equal numbers of layers."""
         return next(iter(self.plans.values())).groups
 
     def controls(self) -> dict[str, Slider | Choice]:
@@ -141,7 +141,7 @@ class _Folds:
         return rows
 
     def _frames(self) -> list[dict[str, Any]]:
-        """A row for each loop of each plan: from box x to before box e of the line at y, and label s."""
+        """A row for each loop of each plan: it spans the boxes from x to before e on the line at y, with label s."""
         rows = []
         for (net, threshold), plan in self.plans.items():
             for line, group in enumerate(plan.groups):
@@ -153,7 +153,7 @@ class _Folds:
         return rows
 
     def _values(self, net: str, threshold: float) -> dict[str, float]:
-        """The error of one plan, in percent, by the way of measuring."""
+        """The error of one plan, in percent, by way of measuring."""
         return {
             way: next(row["value"] for row in found[net] if row["threshold"] == threshold)
             for way, found in self.sweeps.items()
@@ -178,7 +178,7 @@ class _Folds:
         return rows
 
     def _boxes_and_frames(self) -> Any:
-        """The plan that is chosen: a line of boxes per group, loops framed."""
+        """The chosen plan: a line of boxes per group, with loops framed."""
         import altair as alt
 
         longest, high = max(len(group.layers) for group in self.groups), _LINE * len(self.groups)
@@ -237,7 +237,7 @@ class _Folds:
     # The live figure ----------------------------------------------------------------------------------------------------
 
     def draw(self, threshold: float, net: str) -> Figure:
-        """The same with matplotlib, at any threshold, its error measured now."""
+        """The same picture with matplotlib, at any threshold, with its error measured on the spot."""
         plan = plan_fold(self.networks[net], threshold)
         figure = plots.plan(plan)
         if self.evaluate and (net, plan.groups) not in self.measured:

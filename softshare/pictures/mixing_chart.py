@@ -1,4 +1,4 @@
-"""The picture of chapter 1 that moves: a reader mixes the filters of two layers from the same templates."""
+"""Chapter 1's interactive picture: a reader mixes the filters of two layers from the same templates."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LAYERS = ("a", "b")
 
 
 def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) -> Moving:
-    """Two layers mix their filters from k templates; below the filters stands how similar the layers are.
+    """Two layers mix their filters from k templates; a sentence below gives the similarity of the layers.
 
     Args:
         templates: (k, H, W), of any scale.
-        start: the coefficients of both layers at the beginning, (2, k), from -1 to 1.
+        start: the initial coefficients of both layers, (2, k), from -1 to 1.
 
     Raises:
-        ValueError: another shape, templates that are not finite, coefficients outside -1 to 1.
+        ValueError: another shape, templates that are not finite, or coefficients outside -1 to 1.
     """
     if templates.dim() != 3 or not templates.numel() or not bool(templates.isfinite().all()):
         raise ValueError(f"templates must be (k, H, W), finite and not empty, got {tuple(templates.shape)}")
@@ -48,7 +48,7 @@ def mixing(templates: Tensor, start: Sequence[Sequence[float]] | None = None) ->
 
 @dataclass(frozen=True)
 class _Mixing:
-    """Templates, and for each of the two layers the names of its coefficients: of their sliders and in expressions."""
+    """Templates, and for each of the two layers the names of its coefficients, for sliders and in expressions."""
 
     templates: np.ndarray  # (k, H, W), from -1 to 1
     names: dict[str, list[str]]
@@ -94,7 +94,7 @@ class _Mixing:
         return f"'similarity of the layers, |cos(A, B)| = ' + format({cosine}, '.2f')"
 
     def draw(self, **given: float) -> Figure:
-        """The same with matplotlib, from the coefficients by name."""
+        """The same picture with matplotlib, from the coefficients by name."""
         coefficients = torch.tensor(
             [[given[name] for name in self.names[layer]] for layer in _LAYERS], dtype=torch.float32
         )  # (2, k)

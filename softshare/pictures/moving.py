@@ -1,7 +1,7 @@
-"""Pictures that a reader moves: charts where nothing runs, widgets where a kernel does.
+"""Interactive pictures: charts where nothing runs, widgets where a kernel does.
 
 Each picture is declared once, by its controls. A page of the book, which has no kernel, shows an Altair chart whose
-sliders are bound to its parameters; a live notebook shows ipywidgets that draw with matplotlib, and there the same
+sliders are bound to its parameters. A live notebook shows ipywidgets that draw with matplotlib, and there the same
 sliders may compute what no chart could hold. Both come in one output, and each front end shows the one that it can. (A
 notebook that was saved with its outputs and is opened without a kernel may show neither: run it, or read the page.)
 """
@@ -28,10 +28,10 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Slider:
-    """Numbers from `least` to `most`, `step` apart, at first `start`.
+    """Numbers from `least` to `most` in steps of `step`, initially `start`.
 
-    `fine` is a smaller step for a kernel, which can draw what no chart holds. Raises ValueError unless `least` < `most`,
-    `step` > 0 and `start` lies between the two.
+    `fine` is a smaller step for use with a kernel, which can draw what no chart holds. Raises ValueError unless
+    `least` < `most`, `step` > 0 and `start` lies between the two.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Slider:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several texts, at first the first. Raises ValueError if there are none."""
+    """One of several texts, initially the first. Raises ValueError if there are none."""
 
     label: str
     options: tuple[str, ...]
@@ -59,13 +59,13 @@ class Choice:
 
 
 class Moving:
-    """A picture with controls; the value of a notebook's cell.
+    """A picture with controls, to be the value of a notebook cell.
 
     Args:
-        controls: what a reader moves, by the name that stands for it in the chart's expressions and in `draw`.
+        controls: what a reader moves, by the name used for it in the chart's expressions and in `draw`.
         chart: an Altair chart that uses those names as parameters.
         draw: the same picture for a kernel: takes a value for each control, by name, and returns a matplotlib figure.
-        description: the picture in words, for those who do not see it.
+        description: the picture in words, for readers who cannot see it.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Moving:
     def spec(self) -> dict[str, Any]:
         """The chart as a Vega-Lite specification."""
         chart = self.chart.properties(description=self.description, background="white", padding=8)
-        # Screen readers are not told of the marks one by one: there are hundreds, and the description says what they show.
+        # Screen readers skip the individual marks: there are hundreds, and the description says what they show.
         chart = chart.configure(mark={"aria": False}, font="sans-serif").configure_view(stroke=None)
         chart = chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", aria=False)
         chart = chart.configure_title(fontSize=13, fontWeight="normal").configure_legend(aria=False, labelFontSize=12)
         return chart.to_dict()  # type: ignore[no-any-return]
 
     def to_html(self) -> str:
-        """The chart as a piece of HTML. The book's own pages come with Vega; other pages fetch it from a CDN, once."""
+        """The chart as a piece of HTML. The book's own pages come with Vega; other pages load it from a CDN, once."""
         import altair as alt
 
         spec = json.dumps(self.spec(), separators=(",", ":"), allow_nan=False).replace("<", r"\u003c")
@@ -105,9 +105,9 @@ class Moving:
         }
 
     def live(self) -> Any:
-        """The controls, and the picture that follows them, as one ipywidgets box; the same box at every call.
+        """The controls, and the picture that follows them, as one ipywidgets box; every call returns the same box.
 
-        Works with ipywidgets 7.7 and 8. Raises ImportError where ipywidgets is not installed.
+        Works with ipywidgets 7.7 and 8. Raises ImportError if ipywidgets is not installed.
         """
         import ipywidgets
 
@@ -144,26 +144,26 @@ _PAGE = """<figure class="moving" role="group" aria-label="%(label)s">
 .moving .vega-bind-name {flex: 0 0 9.5rem}
 .moving .vega-bind input[type=range] {flex: 1 1 6rem; min-width: 0; height: 1.6rem}
 </style>
-<div class="%(name)s"><noscript>This picture moves by JavaScript.</noscript></div>
+<div class="%(name)s"><noscript>This picture needs JavaScript.</noscript></div>
 <script>
 (() => {
   const root = document.documentElement.dataset.content_root;  // set on pages of the book
   const sources = root === undefined ? %(scripts)s : [root + "_static/vega.js"];
   const load = (source) => new Promise((done, failed) => {
     const amd = window.define?.amd;
-    if (amd) window.define.amd = false;  // where RequireJS is, the scripts would hide in it
+    if (amd) window.define.amd = false;  // with RequireJS, the scripts would register only there
     const script = document.createElement("script");
     const end = (then) => () => { if (amd) window.define.amd = amd; then(); };
     script.onload = end(done);
     script.onerror = end(() => {
       window.softshareVega = undefined;  // the next picture may try again
-      failed(new Error(`This picture needs ${source}, which was not loaded: no network? With a kernel it moves without.`));
+      failed(new Error(`This picture needs ${source}, which did not load. No network? With a kernel it works without.`));
     });
     script.src = source;
     document.head.append(script);
   });
   window.softshareVega ??= sources.reduce((before, source) => before.then(() => load(source)), Promise.resolve());
-  const near = document.currentScript?.previousElementSibling;  // there may be two pictures of one name
+  const near = document.currentScript?.previousElementSibling;  // two pictures may have the same name
   const place = near?.classList.contains("%(name)s") ? near : document.querySelector(".%(name)s");
   window.softshareVega
     .then(() => vegaEmbed(place, %(spec)s, {actions: false, renderer: "svg"}))
@@ -187,7 +187,7 @@ def _parameter(name: str, control: Slider | Choice) -> Any:
 def _widget(control: Slider | Choice) -> Any:
     import ipywidgets
 
-    # The picture is drawn only where a slider comes to rest: some take a second to compute.
+    # Redraw only when a slider comes to rest: some pictures take a second to compute.
     style = {"style": {"description_width": "initial"}, "description": control.label, "continuous_update": False}
     if isinstance(control, Choice):
         style.pop("continuous_update")

@@ -1,4 +1,4 @@
-"""The still plots: similarity matrices, plans of folding, curves, filters, and grids of the shortest-path task."""
+"""Static plots: similarity matrices, folding plans, curves, filters, and grids of the shortest-path task."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def similarity_matrix(
 ) -> Axes:
     """Draw a layer similarity matrix (L, L), from 0 (white) to 1 (dark blue).
 
-    With `numbers`, up to 10 layers have their values written into the cells. Draws on a figure of its own unless `axes`
-    are given, and returns the axes.
+    With `numbers`, the values of up to 10 layers are written into the cells. Draws on a new figure unless `axes` are
+    given, and returns the axes.
     """
     axes = axes or plt.subplots(figsize=(3.4, 3.4))[1]
     values = matrix.detach().float().cpu().numpy() if isinstance(matrix, Tensor) else np.asarray(matrix)
@@ -49,7 +49,7 @@ def similarity_rows(rows: Mapping[str, Mapping[str, Tensor | np.ndarray]], width
 
     Args:
         rows: the matrices (L, L) by row and group, ``{"at the start": {"stage1": matrix, ...}, ...}``.
-        width: of a matrix, in inches.
+        width: width of a matrix in inches.
 
     Raises:
         KeyError: a row that lacks a group of the first row.
@@ -70,8 +70,8 @@ def similarity_rows(rows: Mapping[str, Mapping[str, Tensor | np.ndarray]], width
 def plan(plan: FoldPlan, height: float = 1.25) -> Figure:
     """Draw what a fold does: one row per group, one box per layer.
 
-    Boxes of the same colour use the same weight, grey boxes keep their own, dashed frames mark loops. A number is that of
-    the layer whose weight is used, with a minus sign where it is used negated. `height` is that of a row, in inches.
+    Boxes of the same colour use the same weight, grey boxes keep their own, dashed frames mark loops. Each number
+    names the layer whose weight is used, with a minus sign if it is negated. `height` is the height of a row in inches.
     """
     longest = max(len(group.layers) for group in plan.groups)
     size = (max(6.0, 0.75 * longest + 1.4), height * len(plan.groups))
@@ -82,7 +82,7 @@ def plan(plan: FoldPlan, height: float = 1.25) -> Figure:
 
 
 def _plan_row(axes: Axes, group: GroupPlan, longest: int) -> None:
-    """One group of a plan, on axes as wide as the `longest` group needs."""
+    """Draw one group of a plan, on axes as wide as the `longest` group needs."""
     colours = cluster_colours(group)
     for place, source in enumerate(group.schedule):
         fill = colours[source]
@@ -110,12 +110,12 @@ def curves(
     axes: Axes | None = None,
     dashed: Sequence[str] = ("rectangle rule", "initialisation"),
 ) -> Axes:
-    """Draw lines by name, with a legend where it hides least.
+    """Draw named lines, with a legend where it hides least.
 
     Args:
-        series: ``{"SWRN": (x, y), ...}``; a name of `COLOURS` has its colour there.
-        xlabel, ylabel: with their units.
-        axes: drawn on; None: those of a new figure.
+        series: ``{"SWRN": (x, y), ...}``; a name in `COLOURS` gets its colour from there.
+        xlabel, ylabel: axis labels, with units.
+        axes: the axes to draw on; None: those of a new figure.
         dashed: the names whose lines are dashed and thinner.
 
     Raises:
@@ -133,12 +133,12 @@ def curves(
 def cost_by_templates(record: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     """Draw how long a training step takes with k templates, as a multiple of the plain network's.
 
-    The line is the median over rounds, the band reaches from the smallest ratio to the largest.
+    The line is the median over rounds; the band reaches from the smallest ratio to the largest.
 
     Args:
-        record: of a benchmark; its "cost by templates" holds the names of the "plain" network and of the "model", and the
-            "ratios" by k: (median, smallest, largest).
-        axes: drawn on; None: those of a new figure.
+        record: the record of a benchmark; its "cost by templates" holds the names of the "plain" network and of the
+            "model", and the "ratios" by k: (median, smallest, largest).
+        axes: the axes to draw on; None: those of a new figure.
 
     Raises:
         KeyError: a record without these costs.
@@ -158,7 +158,7 @@ def cost_by_templates(record: Mapping[str, Any], axes: Axes | None = None) -> Ax
 def filters(weight: Tensor, axes: Axes | None = None, count: int = 16, title: str = "") -> Axes:
     """Draw filters of a convolution side by side, all on the same scale: red is negative, blue positive.
 
-    Of its weight (O, I, h, w) the first input channel is shown, for the first `count` output channels.
+    Shows the first input channel of the weight (O, I, h, w) for the first `count` output channels.
     """
     axes = axes or plt.subplots(figsize=(6.0, 0.8))[1]
     values = weight.detach().float().cpu().numpy()[:count, 0]  # (count, h, w)
@@ -175,8 +175,8 @@ def grid(
 ) -> Axes:
     """Draw one grid of the shortest-path task: inputs (2, H, W), and an answer (H, W) bool.
 
-    Queries are blue, obstacles dark grey, the answer is orange. Where `truth` (H, W) is given, pixels of the answer that
-    are wrong are purple, and those that it misses are hatched outlines in dark orange.
+    Queries are blue, obstacles dark grey, the answer is orange. If `truth` (H, W) is given, wrong pixels of the answer
+    are purple, and missing ones are hatched outlines in dark orange.
     """
     axes = axes or plt.subplots(figsize=(3.2, 3.2))[1]
     queries, obstacles = inputs[0].bool().cpu().numpy(), inputs[1].bool().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The picture of chapter 4 that moves: breadth-first search step by step, beside a network's answer layer by layer."""
+"""Chapter 4's interactive picture: breadth-first search step by step, next to a network's answer layer by layer."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _REACHED, _FRONTIER = "#CFE8F7", "#56B4E9"
 def search(
     networks: Mapping[str, GridNet], size: int, box: int, obstacle_probability: float, seed: int = 0, grids: int = 6
 ) -> Moving:
-    """Breadth-first search from one query, step by step, beside a network's answer, layer by layer.
+    """Breadth-first search from one query, step by step, next to a network's answer, layer by layer.
 
     The answer after n layers is that of `GridNet.answers_by_layer`.
 
     Args:
         networks: by name, made by `softshare.models.gridnet`, all of the same depth and in evaluation mode.
         size, box, obstacle_probability, seed: as for `softshare.shortest_path.generate`.
-        grids: how many grids a reader can choose from.
+        grids: the number of grids that a reader can choose from.
 
     Raises:
-        ValueError: networks in training mode or of different depths, or what `generate` does not accept.
+        ValueError: networks in training mode or of different depths, or arguments that `generate` rejects.
     """
     depths = {name: len(network.layers) for name, network in networks.items()}
     if len(set(depths.values())) != 1 or any(network.training for network in networks.values()):
@@ -45,7 +45,7 @@ def search(
     return Moving(
         picture.controls(), picture.chart(), picture.draw,
         "One grid twice. Left, breadth-first search from one query: pixels reached so far, and the newest ones. Right, the "
-        "pixels that a network would mark after some of its layers, right ones and wrong ones. Dots are the true answer. "
+        "pixels that a network would mark after some of its layers, right or wrong. Dots are the true answer. "
         "Controls choose the step of the search, the layer, the grid and the network.",
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ class _Search:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each grid is called in the choice."""
+        """The name of each grid in the menu."""
         return tuple(f"grid {n + 1}" for n in range(len(self.steps)))
 
     def controls(self) -> dict[str, Slider | Choice]:
@@ -146,7 +146,7 @@ class _Search:
     # The live figure ----------------------------------------------------------------------------------------------------
 
     def draw(self, step: int, layer: int, grid: str, net: str) -> Figure:
-        """The same with matplotlib."""
+        """The same picture with matplotlib."""
         n = self.names.index(grid)
         steps, truth, marked = self.steps[n], self.grids.targets[n].numpy(), self.answers[net][n, layer]
         figure, (left, right) = plt.subplots(1, 2, figsize=(6.6, 3.5))

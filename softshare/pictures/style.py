@@ -40,10 +40,10 @@ COLOURS = {
 CYCLE: tuple[str, ...] = tuple(
     matplotlib.rc_params_from_file(STYLE_SHEET, use_default_template=False)["axes.prop_cycle"].by_key()["color"]
 )
-"""The style sheet's colours, for whatever is not a model: lines without a name, and layers that use one weight."""
+"""The style sheet's colours, for whatever is not a model: lines without a name, and layers that share a weight."""
 
 QUERY, OBSTACLE, RIGHT, WRONG, MISSED = "#0072B2", "#595959", "#E69F00", "#CC79A7", "#B36B00"
-"""The pixels of the shortest-path task: what is given, and an answer's right, wrong and missing ones."""
+"""Pixels of the shortest-path task: the given ones, and an answer's right, wrong and missing ones."""
 
 
 def use_style() -> None:
@@ -69,7 +69,7 @@ def cluster_colours(group: GroupPlan) -> dict[int, str]:
 def ink(fill: str) -> str:
     """Black or white, whichever reads better on a colour (by the contrast ratio of WCAG 2.2).
 
-    The colour is given in any way that matplotlib understands; others raise ValueError.
+    The colour may have any form that matplotlib understands; anything else raises ValueError.
     """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(fill)]
     luminance = float(np.dot((0.2126, 0.7152, 0.0722), linear))

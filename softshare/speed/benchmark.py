@@ -1,8 +1,8 @@
-"""Timings, pair by pair: our training step beside the plain network's, the authors' scheme and the machine's ceiling.
+"""Timings, pair by pair: our training step against the plain network's, the authors' scheme and the machine's ceiling.
 
-What is compared runs in turn, round after round, in one process, so that other load meets all alike; what counts is the
-median over rounds of the ratio within a round. "authors" is their scheme: each layer mixed on its own, float32, NCHW, and
-images augmented one by one on the CPU by loader workers, for which the step waits.
+The candidates take turns in one process, round after round, so that other load affects them all equally. What counts is
+the median over rounds of the ratio within a round. "authors" is the authors' scheme: each layer mixed separately,
+float32, NCHW, and images augmented one by one on the CPU by loader workers, which the step waits for.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TARGETS = (  # device, model, ratio, bound, value, what is aimed for beyond it
     ("cuda", "SWRN 28-10-2", "data path / ours", "at most", 0.05, ""),
     ("cuda", "SWRN 28-10-2", "share of the matrix ceiling", "at least", 0.3, ", aim 0.4"),
 )
-# The sections with seconds, round by round; and all that a record holds besides its format.
+# The sections with seconds, round by round, and everything that a record holds besides its format.
 _TIMED = ("steps", "generator", "folding", "inference", "cost by templates")
 _PARTS: dict[str, type] = dict.fromkeys((*_TIMED, "memory", "epoch", "ceiling", "ratios", "machine", "versions"), dict)
 _PARTS |= {"targets": list, "notes": list, "quick": bool, "threads": int, "rounds": int}
@@ -59,11 +59,11 @@ _PARTS |= {"gpu": str, "device": str, "precision": str, "content": str}
 
 
 def in_turn(candidates: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call of each candidate; a turn a round, in alternating order, as many calls as take about 0.1 s."""
+    """Seconds per call of each candidate: one turn per round, in alternating order, of about 0.1 s each."""
     settle: Call = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     calls = dict.fromkeys(candidates, 1)
-    for turn in range(-2, rounds):  # two more before: to warm up, and to see how many calls a turn takes
+    for turn in range(-2, rounds):  # two extra rounds first: to warm up, and to see how many calls a turn takes
         for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
             settle()
             started = time.perf_counter()
@@ -83,7 +83,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str, factor: fl
 
 
 def make_step(setup: Namespace, task: Classification, name: str) -> Call:
-    """The step of that name in `STEPS`."""
+    """The step with that name in `STEPS`."""
     if name.startswith("authors"):
         return authors(task, setup.model, setup.batch, setup.workers, tf32=name.endswith(" on"))
     chosen = str(Network.parse(setup.model).plain) if name == "plain" else setup.model
@@ -91,7 +91,7 @@ def make_step(setup: Namespace, task: Classification, name: str) -> Call:
 
 
 def measure(setup: Namespace) -> dict[str, Any]:
-    """All sections of a record; stderr tells how far it is. Sets the number of threads of this process."""
+    """Measure all sections of a record, with progress on stderr. Sets the number of threads of this process."""
     torch.set_num_threads(setup.threads)
     task, started = noise(IMAGES, setup.device), time.perf_counter()
     found: dict[str, Any] = {}
@@ -105,14 +105,14 @@ def measure(setup: Namespace) -> dict[str, Any]:
 
 
 def _memory(setup: Namespace, _: Classification) -> dict[str, Any]:
-    """Peaks of all steps, each in a process of its own, since a peak never falls."""
+    """Peak memory of all steps, each in a process of its own, since a peak never falls."""
     peaks: dict[str, int | str] = {}
     for name in STEPS[setup.device.type]:
         with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (setup.threads,)) as process:
             peak = process.submit(_peak, setup, name)
-            # A GPU may let one process in, and only Linux has /proc; the rest can still be measured.
+            # A GPU may admit only one process, and only Linux has /proc; the rest can still be measured.
             peaks[name] = f"{NOT_MEASURED}: {peak.exception()!r}" if peak.exception() else peak.result()
-    return {"memory": {"bytes": peaks, "how": "what steps add to the peak of a process, on CUDA of its allocations"}}
+    return {"memory": {"bytes": peaks, "how": "what steps add to a process's peak; on CUDA, that of its allocations"}}
 
 
 def _peak(setup: Namespace, name: str) -> int:
@@ -133,7 +133,7 @@ def _peak(setup: Namespace, name: str) -> int:
 
 
 def _steps(setup: Namespace, task: Classification) -> dict[str, Any]:
-    """All steps in turn with the data path alone, a large matrix product and a large copy."""
+    """Time all steps in turn with the data path alone, a large matrix product and a large copy."""
     device, batch, dtype = setup.device, setup.batch, pick_precision("auto", setup.device)
     side, numbers = (256, 2**20) if setup.quick else (8192, 2**28) if setup.cuda else (2048, 2**26)
     # Random numbers: a GPU multiplies constants faster, since they cost it less power.
@@ -157,7 +157,7 @@ def _steps(setup: Namespace, task: Classification) -> dict[str, Any]:
         "epoch": {"how": f"{IMAGES} images, from the median step, not run", "seconds": epoch},
         "ratios": ratios,
         "ceiling": {
-            "how": "a step is 3 x forward, 3 x 2 x multiply-adds x images; mixing does not count",
+            "how": "a step is 3 x forward, 3 x 2 x multiply-adds x images; mixing is not counted",
             "matrix side": side,
             "multiply-adds an image": forward,
             "flop/s of the matrix product": product / median(seconds["matrix product"]),
@@ -167,7 +167,7 @@ def _steps(setup: Namespace, task: Classification) -> dict[str, Any]:
 
 
 def _others(setup: Namespace, _: Classification) -> dict[str, Any]:
-    """Grids with answers (seconds a grid), beside networkx where it is installed; folding a loop into SWRN 40-1-8."""
+    """Time grids with answers (seconds per grid), networkx if installed, and folding a loop into SWRN 40-1-8."""
     makers: dict[str, Call] = {"generate": lambda: shortest_path.generate(2000, box=9)}
     with contextlib.suppress(ImportError):
         import networkx as nx
@@ -202,7 +202,7 @@ def _others(setup: Namespace, _: Classification) -> dict[str, Any]:
 
 
 def _costs(setup: Namespace, task: Classification) -> dict[str, Any]:
-    """Our step with 1 template to one a layer, beside the plain network's; not compiled, to see the sharing alone."""
+    """Time our step, from 1 template to one per layer, and the plain one; not compiled, to see the sharing alone."""
     size, layers, batch = ("16-1", 2, 16) if setup.quick else ("28-10", 6, 128) if setup.cuda else ("28-1", 6, 32)
     names = {"plain": f"WRN {size}"} | {str(k): f"SWRN {size}-{k}" for k in range(1, layers + 1)}
     seconds = in_turn({k: ours(task, name, batch) for k, name in names.items()}, setup.rounds)
@@ -211,7 +211,7 @@ def _costs(setup: Namespace, task: Classification) -> dict[str, Any]:
 
 
 def targets(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is aimed for, with what was measured and whether that meets it (None where nothing was measured)."""
+    """The targets, with what was measured and whether that meets them (None where nothing was measured)."""
     steps, found = record["steps"], []
     here = (record["device"].split(":")[0], steps["model"], steps["batch"], record["quick"])
     for device, model, what, bound, value, aim in TARGETS:
@@ -225,7 +225,7 @@ def targets(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record for a person to read, at most 100 columns wide."""
+    """The record as a readable table, at most 100 columns wide."""
     machine, steps, costs = record["machine"], record["steps"], record["cost by templates"]
 
     def row(name: str, *cells: float | str) -> str:
@@ -244,12 +244,12 @@ def table(record: Mapping[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores; GPU: {record['gpu']}{'; quick' * record['quick']}"[:100],
         f"{record['threads']} thread(s), load {machine['load before']:.2f} before, {machine['load after']:.2f} after",
         f"torch {record['versions']['torch']}, {record['precision']}, torch.compile {steps['compile']}",
-        f"{steps['model']}, {steps['batch']} images a step",
+        f"{steps['model']}, {steps['batch']} images per step",
         "\n" + row("ratio, round by round", "median", "least", "most"),
         *(row(name, *each) for name, each in ratios.items()),
         "\n" + row("median time of one", "ms"),
         *(row(name, 1000 * median(each)) for name, each in times.items()),
-        "\n" + row("training", "images/s", "s an epoch", "peak MiB"),
+        "\n" + row("training", "images/s", "s per epoch", "peak MiB"),
         *(row(name, IMAGES / each, each, peaks[name]) for name, each in record["epoch"]["seconds"].items()),
         "\n" + row("target", "measured", "met"),
         *(row(f"{each['what']}, {each['target']}", each["measured"], met[each["met"]]) for each in record["targets"]),
@@ -259,16 +259,16 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def load_benchmark(path: str | Path) -> dict[str, Any]:
-    """Read a record. Raises ValueError that says what is wrong with it, FileNotFoundError if there is none."""
+    """Read a record. Raises a ValueError that says what is wrong with it, FileNotFoundError if there is none."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(files.user_path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f'{path} lacks "format": "{FORMAT}"')
     for part, kind in _PARTS.items():
         if not isinstance(record.get(part), kind):
-            raise ValueError(f"{path}: {part!r} is missing or no {kind.__name__}")
+            raise ValueError(f"{path}: {part!r} is missing or not of type {kind.__name__}")
     for part in _TIMED:
         seconds = record[part].get("seconds")
         if not isinstance(seconds, dict) or not seconds:
@@ -276,17 +276,17 @@ def load_benchmark(path: str | Path) -> dict[str, Any]:
         for name, each in seconds.items():
             good = isinstance(each, list) and all(isinstance(value, float) and 0 < value < math.inf for value in each)
             if not good or len(each) != record["rounds"]:
-                raise ValueError(f"{path}: seconds of {name!r} in {part!r} are not one positive number a round")
+                raise ValueError(f"{path}: seconds of {name!r} in {part!r} are not one positive number per round")
     for each in record["targets"]:
         if not isinstance(each, dict) or not {"what", "target", "measured", "met"} <= set(each):
             raise ValueError(f"{path}: a target lacks what, target, measured or met: {each!r}")
     if record["content"] != files.content_checksum(record):
-        raise ValueError(f"{path}: its content does not have the checksum that stands in it; it was changed by hand")
+        raise ValueError(f"{path}: its content does not match the checksum in it; it was changed by hand")
     return record
 
 
 def default_output(hardware: str) -> Path:
-    """Where the record of a machine stands: data/benchmarks of a checkout, ./benchmarks without one."""
+    """Where the record of a machine goes: data/benchmarks in a checkout, ./benchmarks elsewhere."""
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", hardware.lower())).strip("-")
     return files.data_folder("benchmarks") / f"{slug}.json"
 
@@ -295,12 +295,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the record; returns the exit status."""
     parser = ArgumentParser(prog="softshare bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: the steadiest)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each candidate (default 15)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, default=15, help="turns per candidate (default 15)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--model", help="default SWRN 16-4-2 on a CPU, SWRN 28-10-2 on CUDA")
-    parser.add_argument("--batch", type=int, default=128, help="images a step (default 128)")
+    parser.add_argument("--batch", type=int, default=128, help="images per step (default 128)")
     parser.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    parser.add_argument("--output", type=Path, help="the record; default data/benchmarks/<hardware>.json of a checkout")
+    parser.add_argument("--output", help="the record; default data/benchmarks/<hardware>.json in a checkout")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try every step; no record without --output")
     if parser.parse_args(argv).quick:
         parser.set_defaults(model="SWRN 16-1-2", batch=16, rounds=2)
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             or not 0 < setup.batch <= IMAGES
             or min(setup.rounds, setup.threads) < 1
         ):
-            raise ValueError(f"needed: an SWRN such as SWRN 16-4-2, a batch up to {IMAGES:,}, one round, one thread")
+            raise ValueError(f"needs an SWRN like SWRN 16-4-2, a batch up to {IMAGES:,}, at least one round and thread")
         models.build(setup.model)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
@@ -328,10 +328,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     record |= {"device": str(setup.device), "versions": environment(setup.device) | {"precision": record["precision"]}}
     record["gpu"] = torch.cuda.get_device_name(setup.device) if setup.cuda else NOT_MEASURED
     record["machine"] = machine | {"load after": load()[0]}
-    record = json.loads(json.dumps(record), parse_float=lambda digits: float(f"{float(digits):.6g}"))  # six will do
+    record = json.loads(json.dumps(record), parse_float=lambda digits: float(f"{float(digits):.6g}"))  # six are enough
     record["targets"] = targets(record)
     print(table(record), flush=True)
-    if output := setup.output or (None if setup.quick else default_output(record["versions"]["hardware"])):
+    given = files.user_path(setup.output) if setup.output else None
+    if output := given or (None if setup.quick else default_output(record["versions"]["hardware"])):
         files.write_json(output, record)
         print(f"wrote {output}", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""What the benchmark compares: training steps, each a function with a model and a stream of batches of its own."""
+"""The training steps that the benchmark compares, each a function with its own model and stream of batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Call = Callable[[], object]
 
 
 def noise(images: int, device: torch.device) -> Classification:
-    """Random images of 32 x 32 and labels, on the device."""
+    """Random 32 x 32 images with labels, on the device."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(pixels, torch.randint(10, (images,), generator=generator), tuple("0123456789"), "noise", "")
@@ -35,7 +35,7 @@ def noise(images: int, device: torch.device) -> Classification:
 
 
 def batches(task: Classification, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Our data path without end, whole batches alone: inputs (N, 3, 32, 32) in channels_last, targets (N,)."""
+    """Our data path as an endless stream of full batches: inputs (N, 3, 32, 32) in channels_last, targets (N,)."""
     device, order = task.images.device, torch.Generator().manual_seed(0)
     task = task.to(device)  # a copy, since a task keeps the draws of one epoch
     for epoch in itertools.count(1):
@@ -45,7 +45,7 @@ def batches(task: Classification, batch: int) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def ours(task: Classification, name: str, batch: int, compile: bool = False) -> Call:
-    """A training step of the named model in our way; warns where torch.compile fails."""
+    """A training step of the named model, our way; warns if torch.compile fails."""
     dtype, data = pick_precision("auto", task.images.device), batches(task, batch)
     model = models.build(name).to(task.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = try_compiled(model, task, *next(data), dtype) if compile else model
@@ -55,7 +55,7 @@ def ours(task: Classification, name: str, batch: int, compile: bool = False) -> 
 
 
 def authors(task: Classification, name: str, batch: int, workers: int, tf32: bool) -> Call:
-    """A training step of the named model in the authors' way; tf32: whether convolutions on CUDA may use it."""
+    """A training step of the named model, the authors' way; `tf32` allows it for convolutions on CUDA."""
     device, load = task.images.device, partial(one_by_one, task.to(torch.device("cpu")))
     ids, cuda = cast(Dataset[int], range(task.size)), device.type == "cuda"
     loader = DataLoader(ids, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda, collate_fn=load)
@@ -78,14 +78,14 @@ def _step(model: nn.Module, task: Classification, data: Iterator[Sequence[Tensor
 
 
 class LayerwiseBank(TemplateBank):
-    """A bank of which each layer mixes its weight on its own, element by element, as in the authors' code."""
+    """A bank whose layers mix their weights separately, element by element, as in the authors' code."""
 
     def mix(self, index: int) -> Tensor:
         return (self.templates * self.coefficients[index].view(-1, 1, 1, 1, 1)).sum(0)
 
 
 def layerwise(model: nn.Module) -> nn.Module:
-    """Make each bank of a model, in place, a `LayerwiseBank` of the same weights, with templates (k, O, I, h, w)."""
+    """Turn each bank of a model, in place, into a `LayerwiseBank` of the same weights, templates (k, O, I, h, w)."""
     for bank in banks(model).values():
         bank.templates = nn.Parameter(bank.shaped(bank.templates.detach()).contiguous())
         bank.__class__ = LayerwiseBank
@@ -93,7 +93,7 @@ def layerwise(model: nn.Module) -> nn.Module:
 
 
 def augment_one(pixels: np.ndarray, augmentation: Augmentation, flip: int, row: int, column: int) -> Tensor:
-    """An image (32, 32, 3) as the authors' transforms make it: flip, 4 black pixels around, crop; (1, 3, 32, 32)."""
+    """An image (32, 32, 3) after the authors' transforms: flip, 4 black pixels around, crop; (1, 3, 32, 32)."""
     image = Image.fromarray(pixels)
     image = ImageOps.expand(ImageOps.mirror(image) if flip else image, border=4, fill=0)
     image = image.crop((column, row, column + 32, row + 32))
@@ -101,7 +101,7 @@ def augment_one(pixels: np.ndarray, augmentation: Augmentation, flip: int, row: 
 
 
 def one_by_one(task: Classification, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """A batch in a worker of the authors' loader: images (N, 3, 32, 32), labels (N,)."""
+    """A batch as a worker of the authors' loader makes it: images (N, 3, 32, 32), labels (N,)."""
     draws = task.augmentation.draw(len(indices), seed=int(torch.randint(2**31, ())), epoch=1).tolist()
     pixels = task.images[indices].permute(0, 2, 3, 1).contiguous().numpy()
     images = [augment_one(each, task.augmentation, *draw[:3]) for each, draw in zip(pixels, draws, strict=True)]

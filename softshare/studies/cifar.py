@@ -1,8 +1,8 @@
 """Does a network whose layers share templates learn as well as a plain one, with fewer parameters?
 
 The rows of the poster's two CIFAR tables, with the controls that they lack: a plain WRN of the same width in the same
-trainer. One run: ``softshare run "SWRN 28-10-2*" --profile paper --seed 0``; what that costs: ``softshare list``.
-The schedule of profile "paper" is that of the authors' released code. Found so far: see the page Results.
+trainer. One run: ``softshare run "SWRN 28-10-2*" --profile paper --seed 0``; what it costs: ``softshare list``.
+The schedule of profile "paper" is that of the authors' released code. Findings so far: see the page Results.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .. import images
+from ..files import user_path
 from ..images import Augmentation, ImageSet
 from ..models import Network
 from ..training.evaluation import evaluate
@@ -97,10 +97,10 @@ class Cifar(Study):
         return replace(plan, sizes=sizes, settings=replace(plan.settings, epochs=2, batch_size=50))
 
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
-        """Images to train on, to hold out, and to test on, as the plan's sizes have it, as far as there are as many.
+        """Images to train on, to hold out, and to test on, in the numbers of the plan, or fewer if there are not as many.
 
-        Without `data` they are those of the recipe's first data set; profile fast alone takes the embedded digits where no
-        copy of CIFAR-10 is at hand. Digits are not mirrored.
+        Without `data` they are those of the recipe's first data set; only profile fast uses the embedded digits if no copy of
+        CIFAR-10 is found. Digits are not mirrored.
         """
         train, test = self._load(plan, data, download)
         facts = {"source": train.source, "fingerprint": _fingerprint(train, test)}
@@ -150,7 +150,7 @@ class Cifar(Study):
             if plan.profile != "fast":
                 raise FileNotFoundError(f"profile {plan.profile} needs the images of the poster: {error}") from error
             given = os.environ.get("SOFTSHARE_DATA")
-            if given and not Path(given).expanduser().exists():
+            if given and not user_path(given).exists():
                 raise  # a mistyped name is not the same as having no images
             return both("digits")
 

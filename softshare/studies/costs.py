@@ -1,4 +1,4 @@
-"""What a run will take: from its network's multiply-adds and a speed, assumed or measured."""
+"""How long a run will take: from its network's multiply-adds and a speed, assumed or measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU_SPEED, GPU_SPEED = 55e9, 8e12
 images/s). GPU: assumed, a quarter of what a T4 is built for in float16; not measured."""
 
 LAUNCH_SECONDS = 3e-4
-"""What a GPU needs per layer and step however small the layer; assumed, not measured."""
+"""What a GPU needs per layer and step, however small the layer; assumed, not measured."""
 
 
 def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
@@ -36,7 +36,7 @@ def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float
 
 
 def measured_speed(path: Path) -> float | None:
-    """Multiply-adds per second in training, from the record of a benchmark; None if it holds none."""
+    """Multiply-adds per second in training, from the record of a benchmark; None if it contains none."""
     try:
         record: Mapping[str, Any] = load_benchmark(path)
         steps, forward = record["steps"], record["ceiling"]["multiply-adds an image"]

@@ -1,8 +1,8 @@
 """What does a fold cost, at which threshold, and how much of the cost is stale BatchNorm?
 
-An analysis: it takes the record of a run and its trained network, folds it at each threshold, tests every folded network
-twice, with BatchNorm statistics kept and re-estimated, and writes a record of its own. No weight is trained.
-``softshare fold "SWRN 40-8-8" --profile paper --threshold 0.8``. Found so far: see the page Results.
+An analysis: it takes the record of a run and its trained network, folds the network at each threshold, tests every folded
+network twice, with BatchNorm statistics kept and re-estimated, and writes its own record. No weight is trained.
+``softshare fold "SWRN 40-8-8" --profile paper --threshold 0.8``. Findings so far: see the page Results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..folded import sweep
 from ..folding import FoldPlan, plan_fold
 from ..models import Network
 from ..sharing import banks
-from ..training.devices import convolution_kernels
+from ..training.devices import convolution_kernels, device_of, standard_defaults
 from ..training.environment import execution_facts
 from ..training.evaluation import evaluate, with_reestimated_statistics
 from .recipes import study_of
@@ -35,12 +35,12 @@ KEPT, REESTIMATED = "statistics kept", "statistics re-estimated"
 
 
 def measures(plan: Plan, tasks: Tasks) -> dict[str, Callable[[nn.Module], float]]:
-    """For each way to test a folded network a function that does so: test error in %, of grids those not exactly right."""
+    """A function for each way to test a folded network: test error in %; for grids, the share not solved exactly, in %."""
     precision = plan.settings.precision
     sample = study_of(plan).sample(plan, tasks)
 
     def kept(model: nn.Module) -> float:
-        with convolution_kernels(next(model.parameters()).device, plan.settings.tf32):
+        with convolution_kernels(device_of(model), plan.settings.tf32):
             found = evaluate(model, tasks.test, precision)
         return found["error"] if "error" in found else 100.0 * (1.0 - found["exact"])
 
@@ -50,6 +50,7 @@ def measures(plan: Plan, tasks: Tasks) -> dict[str, Callable[[nn.Module], float]
     return {REESTIMATED: reestimated, KEPT: kept}
 
 
+@standard_defaults()
 def fold_costs(
     record: Record,
     model: nn.Module,
@@ -57,10 +58,10 @@ def fold_costs(
     thresholds: Sequence[float] = THRESHOLDS,
     runs: str | Path = "",
 ) -> Record:
-    """Fold the trained network of a record at each threshold and write what each fold costs as a record of its own.
+    """Fold the trained network of a record at each threshold and write a record of what each fold costs.
 
     Networks are tested in the precision of the record's plan. The new record's history has one row per threshold and way
-    (see `rows_by_way`), its metrics the errors before folding and, by threshold, the layers left and the error's change.
+    (see `rows_by_way`); its metrics are the errors before folding and, by threshold, the layers left and the change in error.
     """
     _, plan = plan_of(record)
     identity = Identity(
@@ -84,14 +85,14 @@ def fold_costs(
             metrics[f"distinct_at_{row['threshold']:g}"] = row["distinct"]
             metrics[f"{short}_change_at_{row['threshold']:g}"] = row["change"]
     metrics["layers"] = rows[0]["total"]
-    where = execution_facts(next(model.parameters()).device, plan.settings)
+    where = execution_facts(device_of(model), plan.settings)
     return write_record(identity, metrics, data=record.data, history=rows, execution=where, runs=runs)
 
 
 def rows_by_way(record: Record) -> dict[str, list[dict[str, Any]]]:
     """The rows of a record of `fold_costs` by the way of testing, each as `softshare.folded.sweep` returns it.
 
-    Values are test errors in %, of grids the share that is not exactly right.
+    Values are test errors in %; for grids, the share not solved exactly.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for row in record.history:
@@ -100,7 +101,7 @@ def rows_by_way(record: Record) -> dict[str, list[dict[str, Any]]]:
 
 
 def row_at(rows: Sequence[Mapping[str, Any]], threshold: float) -> Mapping[str, Any]:
-    """The row of one threshold. Raises ValueError without it."""
+    """The row of one threshold. Raises ValueError if there is none."""
     for row in rows:
         if row["threshold"] == threshold:
             return row

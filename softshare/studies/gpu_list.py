@@ -1,7 +1,7 @@
 """The GPU list: what is worth a GPU's time, in order of value, as far as the time goes.
 
-Every run is a process of its own under a time limit, writes a record when it is done and checkpoints before, so the same
-command goes on where the last one stopped. A rehearsal executes the same list at toy sizes on any machine.
+Every run is a separate process under a time limit. It writes checkpoints and, at the end, a record, so the same command
+resumes where the last one stopped. A rehearsal executes the same list at toy sizes on any machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import torch
 
+from .. import files
 from ..models import Network
 from ..speed.benchmark import default_output, load_benchmark
-from ..training.processor import processor_name
+from ..training.processor import interpreter, processor_name
 from . import costs
 from .recipes import RECIPES, make_plan, study_of
 from .records import record_path
@@ -58,8 +59,8 @@ class Entry:
     Attributes:
         title: what it is for.
         jobs: none for the benchmark.
-        small: whether networks are so small that several train side by side: one alone leaves a GPU waiting for the next
-            kernel to be launched.
+        small: whether networks are so small that several train side by side: a single one leaves a GPU waiting for the
+            next kernel launch.
     """
 
     title: str
@@ -75,10 +76,12 @@ class Places:
         device: "cuda" or "cpu".
         runs: folder of records; the benchmark's goes to its subfolder "benchmarks". Default: data/runs, data/benchmarks.
         checkpoints: see `softshare.studies.running.checkpoints_folder`.
-        parallel: how many small networks train side by side; the estimate takes it that they do not slow each other down,
+        parallel: how many small networks train side by side; the estimate assumes that they do not slow each other down,
             which was not measured.
-        download: whether to fetch data sets of which no copy is found.
+        download: whether to fetch data sets if no copy is found.
         rehearse: toy sizes of profile "fast", every step executed.
+
+    Raises RuntimeError inside an application, which has no Python interpreter to start the runs with.
     """
 
     device: str = "cpu"
@@ -88,10 +91,23 @@ class Places:
     download: bool = False
     rehearse: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("runs", "checkpoints"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, files.user_path(given) if given else "")
+        self.itself()
+
+    def itself(self) -> list[str]:
+        """The command ``softshare`` of this installation."""
+        python = interpreter()
+        if python is None:
+            raise RuntimeError(f"{sys.executable!r} is not a Python interpreter, so it cannot start runs; call `softshare gpu`")
+        return [python, "-m", "softshare"]
+
     def command(self, job: Job, quiet: bool) -> list[str]:
-        """What runs a job in a process of its own."""
+        """The command that runs a job in a separate process."""
         profile = "fast" if self.rehearse else job.profile
-        command = [sys.executable, "-m", "softshare", "run", job.recipe, "--seed", str(job.seed), "--profile", profile]
+        command = [*self.itself(), "run", job.recipe, "--seed", str(job.seed), "--profile", profile]
         command += ["--device", self.device, "--runs", str(self.runs), "--checkpoints", str(self.checkpoints)]
         command += ["--data", job.data] if job.data and not self.rehearse else []
         return command + ["--download"] * self.download + ["--rehearse"] * self.rehearse + ["--quiet"] * quiet
@@ -107,7 +123,7 @@ def entries() -> list[Entry]:
     ]
     others = [Job(name, seed) for seed in range(10, 15) for name in ("SCNN lambda 0.01", "SCNN-1")]
     found.append(Entry("the curriculum regularised, and with one template", tuple(others), small=True))
-    for seed in range(3):  # seed by seed, so that every pair is complete before the next one begins
+    for seed in range(3):  # seed by seed, so that every pair is complete before the next one starts
         pair = (Job("WRN 28-6 cutout", seed), Job("SWRN 28-6-2 cutout", seed))
         found.append(Entry(f"fewer parameters at equal width, seed {seed}", pair))
     found.append(Entry("similarity and folding", (Job("SWRN 40-8-8", 0),)))
@@ -119,10 +135,10 @@ def entries() -> list[Entry]:
 
 
 def run_list(minutes: float, places: Places) -> int:
-    """Work down the list; an entry that is not expected to fit into the time left is passed over.
+    """Work down the list, skipping entries that are not expected to fit into the time left.
 
-    If time is left at the end, the first entry that was passed over is begun all the same: its checkpoint is kept, and what
-    it then still needs may fit the next time.
+    If time is left at the end, the first skipped entry is started after all: its checkpoint is kept, and the rest may fit
+    next time.
 
     Returns: 0, or 1 if a run failed by itself. Raises ValueError for minutes or `Places.parallel` not above 0.
     """
@@ -143,7 +159,7 @@ class _List:
         return self.deadline - time.monotonic()
 
     def work(self) -> int:
-        passed: list[tuple[Entry, list[Job], float]] = []
+        passed: list[tuple[Entry, list[Job], float]] = []  # skipped so far
         with _terminated_like_ctrl_c():
             for entry in entries():
                 if not entry.jobs:
@@ -154,7 +170,7 @@ class _List:
                 needs /= self.places.parallel if entry.small else 1
                 if waiting and needs > self.left():
                     passed.append((entry, waiting, needs))
-                    told = f"passed over: needs about {needs / 60:.0f} min"
+                    told = f"skipped: needs about {needs / 60:.0f} min"
                     self.tell(entry, ", ".join(map(str, waiting)), told)
                 elif waiting:
                     self.train(entry, waiting, needs)
@@ -166,7 +182,7 @@ class _List:
         return int(any(outcome.startswith("failed") for _, _, outcome in self.outcomes))
 
     def waiting(self, entry: Entry) -> list[Job]:
-        """The jobs of an entry that have no record yet and whose data are at hand."""
+        """The jobs of an entry that have no record yet and whose data are available; others do not stop the list."""
         found = []
         for job in entry.jobs:
             try:
@@ -174,7 +190,7 @@ class _List:
                     self.tell(entry, str(job), "has its record")
                 else:
                     found.append(job)
-            except FileNotFoundError as error:
+            except (OSError, ValueError) as error:
                 self.tell(entry, str(job), f"failed: {error}")
         return found
 
@@ -200,7 +216,7 @@ class _List:
 
 @contextlib.contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end the runs that were started, as Ctrl-C does, and not leave them going without a limit."""
+    """Let SIGTERM end the runs that were started, as Ctrl-C does, instead of leaving them running without a limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -212,7 +228,7 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 
 
 def _path(job: Job, places: Places) -> tuple[Plan, Path]:
-    """The plan of a job, and where its record is found or will be."""
+    """The plan of a job, and where its record is or will be."""
     plan = make_plan(job.recipe, "fast" if places.rehearse else job.profile, job.seed, places.rehearse)
     study = study_of(plan)
     fingerprint = study.fingerprint(plan, None if places.rehearse else job.data, places.download)
@@ -220,7 +236,7 @@ def _path(job: Job, places: Places) -> tuple[Plan, Path]:
 
 
 def still_needs(job: Job, places: Places, speed: float | None) -> float:
-    """Expected seconds of a job, less what a checkpoint of it has behind it."""
+    """Expected seconds of a job, minus the share that its newest checkpoint has done."""
     plan, path = _path(job, places)
     steps = plan.settings.epochs * math.ceil(study_of(plan).examples(plan) / plan.settings.batch_size)
     folder = checkpoints_folder(path, places.checkpoints)
@@ -230,7 +246,7 @@ def still_needs(job: Job, places: Places, speed: float | None) -> float:
 
 
 def recorded(job: Job, places: Places) -> bool:
-    """Whether a job has its record, on the data that are at hand here."""
+    """Whether a job has its record, on the data that are found here."""
     return _path(job, places)[1].exists()
 
 
@@ -243,7 +259,7 @@ def _benchmark_output(places: Places) -> Path | None:
 
 
 def _benchmark(places: Places, output: Path | None, left: float) -> tuple[str, float]:
-    command = [sys.executable, "-m", "softshare", "bench", "--device", places.device.partition(":")[0]]
+    command = [*places.itself(), "bench", "--device", places.device.partition(":")[0]]
     command += ["--quick"] if places.rehearse else []
     command += ["--output", str(output)] if output else []
     started = time.monotonic()
@@ -255,32 +271,32 @@ def _benchmark(places: Places, output: Path | None, left: float) -> tuple[str, f
 
 
 def side_by_side(waiting: Sequence[Job], places: Places, side: int, limit: float) -> list[tuple[Job, str]]:
-    """Run up to `side` jobs at once, each in a process of its own; all are stopped `limit` seconds from now."""
+    """Run up to `side` jobs at once, each in a separate process; all are stopped `limit` seconds from now."""
     deadline = time.monotonic() + limit
     going: list[subprocess.Popen[bytes]] = []
 
     def outcome_of(job: Job) -> str:
         started = time.monotonic()
         if started >= deadline:
-            return "not begun: no time left"
+            return "not started: no time left"
         with subprocess.Popen(places.command(job, quiet=side > 1 or places.rehearse)) as process:
             going.append(process)
             try:
                 status = process.wait(deadline - started)
             except subprocess.TimeoutExpired:
                 process.kill()
-                return "stopped at its limit; the same command goes on with it"
+                return "stopped at its limit; the same command resumes it"
         outcome = "done" if status == 0 else f"failed with status {status}"
         return f"{outcome} after {time.monotonic() - started:.0f} s"
 
     with ThreadPoolExecutor(side) as pool:
         try:
             outcomes = [pool.submit(outcome_of, job) for job in waiting]
-            # In turns of a second: Python would not see a signal that arrives just before a wait without an end.
+            # In turns of a second: Python would not see a signal that arrives just before an endless wait.
             while wait(outcomes, timeout=1).not_done:
                 pass
             return [(job, outcome.result()) for job, outcome in zip(waiting, outcomes, strict=True)]
-        except BaseException:  # this process is interrupted: its children go with it
+        except BaseException:  # this process is interrupted: end its children too
             deadline = 0.0
             pool.shutdown(wait=False, cancel_futures=True)
             for process in going:

@@ -1,8 +1,8 @@
 """Does sharing help where images are large and classes many?
 
-The rows of the poster's ImageNet table that are ours: ``softshare run "SWRN 50-2" --data FOLDER --profile paper``. The
-poster does not give their recipe; this is the usual one for such networks. Profiles fast and gpu only try the way: small
-images, a narrow network. Found so far: see the page Results.
+Our rows of the poster's ImageNet table: ``softshare run "SWRN 50-2" --data FOLDER --profile paper``. The poster does not
+give the recipe; this is the usual one for such networks. Profiles fast and gpu only try the code: small images, a narrow
+network. Findings so far: see the page Results.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ImageNet(Study):
         return config
 
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
-        """Training and validation images of the folder `data`, decoded while it trains."""
+        """Training and validation images of the folder `data`, decoded during training."""
         if data is None:
             raise ValueError(
                 f"{plan.recipe.name} streams its images from a folder with train/<class>/<file> and val/<class>/<file>; "

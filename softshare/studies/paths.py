@@ -1,9 +1,9 @@
-"""Does sharing help a network to learn an algorithm: faster, better, farther than it was trained?
+"""Does sharing help a network to learn an algorithm: faster, better, and beyond what it was trained on?
 
 The curriculum of the poster's last section: CNN and SCNN learn shortest paths on grids whose distances grow from phase to
-phase. ``softshare run SCNN --profile paper --seed 0``; what that costs: ``softshare list``. The poster gives grids of
+phase. ``softshare run SCNN --profile paper --seed 0``; what it costs: ``softshare list``. The poster gives grids of
 32 x 32, the target, and 50 epochs per phase; the rest is remembered from the paper, not confirmed, and the batch size is
-ours. Found so far: see the page Results.
+ours. Findings so far: see the page Results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..training.tasks import Curriculum, ShortestPaths
 from .study import REESTIMATED_ON, Plan, Recipe, Study, Tasks
 
 SCORES = ("exact", "f1", "hard_exact", "hard_f1")
-"""What is measured of answers, see `softshare.shortest_path.scores_beside_the_rule`."""
+"""The scores of a network's answers, see `softshare.shortest_path.scores_beside_the_rule`."""
 
 _CURRICULUM = "figure of the shortest-path curriculum"
 
@@ -79,7 +79,7 @@ class Paths(Study):
             penalty=recipe.penalty_in(profile),
             seed=seed,
         )
-        # In minutes a constant rate does not settle, so the rate falls within each phase and begins again with the next.
+        # A constant rate does not settle within minutes, so the rate falls within each phase and restarts with the next.
         if profile == "fast":
             falls: dict[str, Any] = {"milestones": (0.34, 0.67), "factor": 0.25, "cycle": per_phase}
             settings = replace(settings, batch_size=32, precision="float32", tf32=False, **falls)
@@ -126,10 +126,10 @@ class Paths(Study):
         return [PhaseScores(tasks.train, plan.settings.precision)]
 
     def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[PhaseScores]) -> dict[str, Any]:
-        """Scores at the end of each phase and before it, of the rule, and of the last network on test grids.
+        """Scores before each phase and at its end, those of the rule, and those of the final network on test grids.
 
-        "phase2_exact": at the end of phase 2; "before2_exact": on its grids before training on them; both with
-        re-estimated BatchNorm statistics; "rule2_exact": the rectangle rule's; "exact", "reestimated_exact": on test grids.
+        "phase2_exact": at the end of phase 2; "before2_exact": on its grids before training on them; both with re-estimated
+        BatchNorm statistics. "rule2_exact": the rectangle rule's. "exact", "reestimated_exact": on test grids.
         """
         (scores,), precision = watchers, plan.settings.precision
         fresh = with_reestimated_statistics(model, self.sample(plan, tasks), precision)
@@ -143,19 +143,19 @@ class Paths(Study):
 
 
 def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -> Grids:
-    """`n` grids as a plan has them, of another side if one is given."""
+    """`n` grids like those of a plan, with another side if one is given."""
     return generate(n, side or plan.sizes["side"], box, plan.sizes["obstacles"], seed)
 
 
 def sample_of(task: Curriculum, phase: int) -> Tensor:
-    """Training grids of a phase (from 1) on which statistics are re-estimated."""
+    """The training grids of a phase (from 1) that statistics are re-estimated on."""
     return task.phases[phase - 1].train.inputs[:REESTIMATED_ON].float()
 
 
 class PhaseScores:
     """Scores with re-estimated statistics after each epoch, and on each phase's grids before training on them.
 
-    A callback for `fit` that travels in checkpoints.
+    A callback for `fit` whose state is kept in checkpoints.
     """
 
     def __init__(self, task: Curriculum, precision: str) -> None:
@@ -164,7 +164,7 @@ class PhaseScores:
 
     def __call__(self, model: nn.Module, epoch: int) -> None:
         phases = self.task.phases
-        # At the end of a phase the network also meets the grids of the next.
+        # At the end of a phase the network is also scored on the grids of the next.
         now, then = -(-epoch // self.task.epochs), epoch // self.task.epochs + 1
         for phase in range(max(1, now), min(then, len(phases)) + 1):
             fresh = with_reestimated_statistics(model, sample_of(self.task, phase), self.precision)
@@ -172,7 +172,7 @@ class PhaseScores:
             self.found.append([epoch, phase, *(scores[key] for key in SCORES)])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"found": torch.tensor(self.found, dtype=torch.float64).view(-1, 2 + len(SCORES))}
+        return {"found": torch.tensor(self.found, dtype=torch.float64, device="cpu").view(-1, 2 + len(SCORES))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.found = state["found"].tolist()
@@ -182,7 +182,7 @@ class PhaseScores:
         return min(-(-epoch // self.task.epochs), len(self.task.phases))
 
     def row(self, epoch: int) -> dict[str, float]:
-        """What was seen after an epoch, on the grids of its phase."""
+        """The scores after an epoch, on the grids of its phase."""
         phase = self.phase_of(epoch)
         scores = self._seen(epoch, phase)
         return {"phase": float(phase)} | {f"reestimated_{key}": value for key, value in scores.items()}

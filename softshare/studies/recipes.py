@@ -9,14 +9,14 @@ from .records import check_profile
 from .study import Plan, Recipe, Study
 
 STUDIES: dict[str, Study] = {study.name: study for study in (Cifar(), ImageNet(), Paths())}
-"""The studies that train, by name; whoever adds one adds a file and its name here."""
+"""The studies that train, by name; a new study is a new file and an entry here."""
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for study in STUDIES.values() for recipe in study.recipes()}
 """All recipes by the poster's names."""
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name; ``, cutout`` and spaces may be written as people do. Raises ValueError for an unknown one."""
+    """The recipe of that name; spaces and ``, cutout`` may be written freely. Raises ValueError for an unknown one."""
     plain = " ".join(str(name).replace(",", " ").split()).replace(" *", "*")
     if plain not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
@@ -29,7 +29,7 @@ def study_of(plan: Plan) -> Study:
 
 
 def make_plan(name: str, profile: str, seed: int = 0, rehearse: bool = False) -> Plan:
-    """What a run will do: a recipe in a profile, everything chosen; with `rehearse` at toy sizes.
+    """What a run will do: a recipe in a profile with everything chosen; with `rehearse`, at toy sizes.
 
     Raises ValueError for an unknown recipe or profile, or a seed out of range.
     """

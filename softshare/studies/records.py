@@ -1,9 +1,9 @@
-"""Records: what was run, on what, how, and what came out; one small JSON file each, found again by its identity.
+"""Records: what was run, on what, how, and what came out; each is one small JSON file, found by its identity.
 
-The identity is everything that decides the outcome and nothing else: the study and its version, the recipe, the network,
-profile, seed, what was chosen (sizes, augmentation, schedule), and the fingerprint of the data. Values equal to the
-defaults of the study's version are left out of it, so a setting that is added later changes no identity. How and where it
-ran is recorded beside it. Figures, tables and verdicts are made from records alone.
+The identity is everything that decides the outcome: the study and its version, the recipe, the network, profile, seed,
+what was chosen (sizes, augmentation, schedule), and the fingerprint of the data. Values equal to the defaults of the
+study's version are left out of it, so a setting that is added later changes no identity. How and where the run took place
+is recorded, but not part of it. Figures, tables and verdicts are made from records alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ from ..training.environment import environment
 from ..training.recorder import SimilarityRecorder
 
 PROFILES = ("fast", "gpu", "short", "paper")
-"""fast: seconds on two CPU cores, float32 everywhere; gpu: what the chapters do on a T4 in minutes, with narrower networks;
-short: the poster's networks and data at 30 epochs (grids: ten per phase, ImageNet: ten); paper: the paper's schedule."""
+"""fast: seconds on two CPU cores, float32 everywhere; gpu: minutes on a T4, with narrower networks; short: the poster's
+networks and data, 30 epochs (grids: ten per phase, ImageNet: ten); paper: the paper's schedule."""
 
 _FORMAT = "softshare record 3"
 _FIELDS = {
@@ -54,10 +55,10 @@ class Identity:
         recipe: what was run, by name.
         profile: one of `PROFILES`.
         seed: of the run.
-        network: by the poster's names; "" where no single one is meant.
-        chosen: JSON; sizes, augmentation and schedule as far as they are not the study's defaults; of an analysis, what it
+        network: by the poster's names; "" if there is no single one.
+        chosen: JSON; sizes, augmentation and schedule where they differ from the study's defaults; for an analysis, what it
             analyses and how.
-        fingerprint: of the data; "" where there are none.
+        fingerprint: of the data; "" if there are none.
     """
 
     study: str
@@ -85,17 +86,17 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """One run, as it stands in its file.
+    """One run, as its file describes it.
 
     Attributes:
         identity: see `Identity`.
         config: everything that was chosen, defaults included: sizes, augmentation, schedule.
         data: source in words and fingerprint.
-        metrics: what came out, flat, by name.
+        metrics: the results, flat, by name.
         history: one dict per epoch, from `softshare.training.fit`; an analysis may keep other rows here.
-        execution: see `softshare.training.environment.Execution.record`, and the seconds that it took; of a run that was
-            interrupted that of the last process, the others' as "earlier".
-        snapshots: SHA-256 of the file of coefficients beside it, "" if there is none.
+        execution: see `softshare.training.environment.Execution.record`, and the seconds that it took; for a run that was
+            interrupted, those of the last process, with the others' as "earlier".
+        snapshots: SHA-256 of the file of coefficients next to it, "" if there is none.
         path: of the JSON file.
     """
 
@@ -125,10 +126,10 @@ class Record:
         return self.identity.network
 
     def similarity(self) -> SimilarityRecorder:
-        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError for another run's."""
+        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError if they are another run's."""
         path = self.path.with_suffix(".npz")
         if path.exists() and files.file_checksum(path) != self.snapshots:
-            raise ValueError(f"{path} is not the file that belongs to {self.path.name}: its checksum is another")
+            raise ValueError(f"{path} is not the file that belongs to {self.path.name}: its checksum is different")
         return SimilarityRecorder.load(path)
 
 
@@ -139,7 +140,7 @@ def check_profile(profile: str) -> None:
 
 
 def slug(recipe: str) -> str:
-    """A recipe's name as it stands in file names: "SWRN 28-10*" is swrn-28-10-dropout."""
+    """A recipe's name in file names: "SWRN 28-10*" becomes swrn-28-10-dropout."""
     return re.sub(r"[^a-z0-9]+", "-", recipe.lower().replace("*", " dropout")).strip("-")
 
 
@@ -149,13 +150,13 @@ def runs_folder(runs: str | Path = "", profile: str = "fast") -> Path:
     Records of profile "fast" go to a subfolder, fast, that git ignores.
     """
     if runs:
-        return Path(runs).expanduser()
+        return files.user_path(runs)
     folder = files.data_folder("runs")
     return folder / "fast" if profile == "fast" else folder
 
 
 def record_path(identity: Identity, runs: str | Path = "") -> Path:
-    """Where the record of a run is found again, or will be. Raises TypeError for a choice that is not JSON."""
+    """Where the record of a run is, or will be. Raises TypeError for a choice that is not JSON."""
     try:
         return runs_folder(runs, identity.profile) / f"{identity.stem}.json"
     except TypeError as error:
@@ -173,13 +174,13 @@ def write_record(
     similarity: SimilarityRecorder | None = None,
     runs: str | Path = "",
 ) -> Record:
-    """Write a record, whole or not at all, and return it.
+    """Write a record and its snapshots, whole or not at all, and return it.
 
     Args:
         identity: see `Identity`; `data`, if given, must have its fingerprint.
         metrics, history, similarity: what came out.
         config: default: what the identity says was chosen.
-        execution: default: the present `environment`.
+        execution: default: the current `environment`.
         runs: see `runs_folder`.
 
     Raises ValueError for data of another fingerprint, TypeError for what is not JSON.
@@ -201,10 +202,12 @@ def write_record(
         "execution": dict(execution or environment()),
         "snapshots": "",
     }
+    snapshots = []
     if similarity is not None and similarity.coefficients:
-        similarity.save(path.with_suffix(".npz"))
-        record["snapshots"] = files.file_checksum(path.with_suffix(".npz"))
-    files.write_json(path, record)
+        data_of_snapshots = similarity.to_bytes()
+        record["snapshots"] = hashlib.sha256(data_of_snapshots).hexdigest()
+        snapshots = [(path.with_suffix(".npz"), data_of_snapshots)]
+    files.write_together([(path, files.json_bytes(record)), *snapshots])
     return read_record(path)
 
 
@@ -217,9 +220,9 @@ def write_findings(
     runs: str | Path = "",
     **chosen: Any,
 ) -> Record:
-    """Write what somebody measured on top of runs, under a name of their own; `of` are the records that it rests on.
+    """Write measurements made on top of runs as a record of their own; `of` are the records that they are based on.
 
-    What else decides it is given by name, as JSON.
+    Further keyword arguments, as JSON, become part of the record's identity.
     """
     chosen |= {"of": [record.identity.hash for record in of]} if of else {}
     data = of[0].data if of else {}
@@ -232,9 +235,9 @@ def read_record(path: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a record, a field missing or of the wrong type, or content that does not fit its hash or checksum.
+        ValueError: not a record, a field missing or of the wrong type, or content that does not match its hash or checksum.
     """
-    path = Path(path)
+    path = files.user_path(path)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -243,13 +246,13 @@ def read_record(path: str | Path) -> Record:
         raise ValueError(f"{path} is not a record of format {_FORMAT!r}")
     for name, kind in _FIELDS.items():
         if not isinstance(fields.get(name), kind):
-            raise ValueError(f"{path}: the field {name!r} is missing or no {kind.__name__}")
+            raise ValueError(f"{path}: the field {name!r} is missing or not of type {kind.__name__}")
     named = ("study", "version", "recipe", "profile", "seed", "network", "chosen")
     identity = Identity(**{name: fields[name] for name in named}, fingerprint=fields["data"].get("fingerprint", ""))
     if fields["hash"] != identity.hash:
         raise ValueError(f"{path}: its hash is {fields['hash']}, its content's {identity.hash}; it was changed by hand")
     if fields["content"] != files.content_checksum(fields):
-        raise ValueError(f"{path}: its content does not have the checksum that stands in it; it was changed by hand")
+        raise ValueError(f"{path}: its content does not match the checksum in it; it was changed by hand")
     rest = ("config", "data", "metrics", "history", "execution", "snapshots")
     return Record(identity, **{name: fields[name] for name in rest}, path=path)
 
@@ -257,17 +260,23 @@ def read_record(path: str | Path) -> Record:
 def find_records(
     folder: str | Path, recipe: str | None = None, profile: str | None = None, bundled: bool = False
 ) -> list[Record]:
-    """All records directly in a folder, by file name, optionally of one recipe or profile; [] without the folder.
+    """All records directly in a folder, by file name, optionally of one recipe or profile; [] if there is no such folder.
 
-    With `bundled` the committed records count too, which an installed package holds; of two files with one name
-    that in the folder is taken.
+    With `bundled` the committed records count too, which an installed package contains; of two files with the same name the
+    one in the folder is used. A file that is not a record, or a damaged one, is named in a warning and does not hide the
+    others.
 
-    Raises ValueError for an unknown profile, or a file that is no record (see `read_record`).
+    Raises ValueError for an unknown profile.
     """
     if profile is not None:
         check_profile(profile)
     pattern = "*.json" if recipe is None else f"{slug(recipe)}-*.json"
-    places = [files.bundled_folder("runs"), Path(folder)] if bundled else [Path(folder)]
+    places = [*([files.bundled_folder("runs")] if bundled else []), files.user_path(folder)]
     paths = {path.name: path for place in places for path in place.glob(pattern)}
-    records = [read_record(paths[name]) for name in sorted(paths)]
+    records = []
+    for name in sorted(paths):
+        try:
+            records.append(read_record(paths[name]))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
     return [r for r in records if recipe in (None, r.recipe) and profile in (None, r.profile)]

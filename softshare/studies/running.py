@@ -1,4 +1,4 @@
-"""From recipe to record: the one way that commands, chapters and lists of runs take.
+"""From recipe to record: the one way that commands, chapters and lists of runs use.
 
 ``run("SWRN 28-10-2*", "paper", seed=0)`` trains a recipe and writes its record; a second call finds the record.
 """
@@ -15,7 +15,7 @@ from torch import nn
 from .. import files, models
 from ..training import distributed
 from ..training.checkpoints import read_checkpoint
-from ..training.devices import convolution_kernels, pick_device
+from ..training.devices import convolution_kernels, pick_device, standard_defaults
 from ..training.loop import fit
 from ..training.recorder import SimilarityRecorder
 from .recipes import make_plan, study_of
@@ -26,13 +26,14 @@ from .study import Plan, Study, Tasks
 def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
     """Where the checkpoints of the run with that record are kept.
 
-    In a subfolder of the record's name: of the given folder, or by default of data/checkpoints of a checkout (ignored by
-    git) or ./checkpoints.
+    That is a subfolder with the record's name: of the given folder, or by default of data/checkpoints of a checkout (ignored
+    by git) or ./checkpoints.
     """
-    folder = Path(checkpoints).expanduser() if checkpoints else files.data_folder("checkpoints")
+    folder = files.user_path(checkpoints) if checkpoints else files.data_folder("checkpoints")
     return folder / record.stem
 
 
+@standard_defaults()
 def run(
     name: str,
     profile: str = "fast",
@@ -44,7 +45,7 @@ def run(
     runs: str | Path = "",
     **options: Any,
 ) -> Record:
-    """The record of a run: found where it was run before, else made by `train`, which takes the same arguments."""
+    """The record of a run: found if it was run before, else made by `train`, which takes the same arguments."""
     plan = make_plan(name, profile, seed, rehearse)
     study = study_of(plan)
     path = record_path(study.identity(plan, study.fingerprint(plan, data, download)), runs)
@@ -53,6 +54,7 @@ def run(
     return _train(plan, study.tasks(plan, data, download), runs=runs, **options)[0]
 
 
+@standard_defaults()
 def train(
     name: str,
     profile: str = "fast",
@@ -63,12 +65,12 @@ def train(
     rehearse: bool = False,
     **options: Any,
 ) -> tuple[Record, nn.Module]:
-    """The record of a run and its network with the trained weights, in eval mode: trained unless both are at hand.
+    """The record of a run and its network with the trained weights, in eval mode; trains unless both are available.
 
-    Where the record is at hand and the weights are not, nothing is trained: it may take days, and a committed record must
-    not be replaced unasked.
+    If there is a record but no weights, nothing is trained: that may take days, and a committed record must not be replaced
+    without being asked.
 
-    A run that was killed goes on from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
+    A run that was killed resumes from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
     Under ``torchrun`` all its processes train together.
 
     Args:
@@ -76,16 +78,16 @@ def train(
         profile: "fast", "gpu", "short" or "paper", see `softshare.studies.records.PROFILES`.
         seed: of weights, split, order, augmentation and dropout.
         data: a data set by name or path, see `softshare.images.load`; for ImageNet recipes the path of a folder. Default:
-            the first one of the recipe; in profile fast CIFAR-10 where a copy is at hand, else the embedded digits.
+            the first one of the recipe; in profile fast CIFAR-10 if a copy is found, else the embedded digits.
         download: fetch the data set if no copy is found.
         rehearse: toy sizes, to try every step.
-        device: default: CUDA where there is one.
+        device: default: CUDA if available.
         runs: folder of records, see `softshare.studies.records.runs_folder`.
         checkpoints: see `checkpoints_folder`.
         progress: whether to show progress.
         checkpoint_seconds: the least time between two checkpoints.
-        again: train from the start, whatever is at hand: the record of an earlier run is replaced and its checkpoints are
-            removed; new ones are written only to a folder that is given.
+        again: train from the start in any case: the record of an earlier run is replaced and its checkpoints are removed;
+            new ones are written only to a folder that is given.
 
     Raises:
         ValueError: an unknown recipe, profile or data set.
@@ -156,10 +158,11 @@ def _clear(folder: Path) -> None:
     distributed.barrier()
 
 
+@standard_defaults()
 def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     """The network of a record with its trained weights, from the last checkpoint, in eval mode on the CPU.
 
-    Raises FileNotFoundError where that is not kept any more.
+    Raises FileNotFoundError if that is gone.
     """
     folder = checkpoints_folder(record.path, checkpoints)
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
@@ -180,7 +183,7 @@ def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
 
 
 def plan_of(record: Record) -> tuple[Study, Plan]:
-    """The study and plan of a record. Raises ValueError if its recipe is planned otherwise now."""
+    """The study and plan of a record. Raises ValueError if its recipe has changed since."""
     for rehearse in (False, True):
         plan = make_plan(record.recipe, record.profile, record.seed, rehearse)
         study = study_of(plan)
@@ -189,10 +192,11 @@ def plan_of(record: Record) -> tuple[Study, Plan]:
     raise ValueError(f"{record.path.name} is not of {record.recipe} as it is planned now; run the recipe again")
 
 
+@standard_defaults()
 def tasks_of(record: Record, data: str | None = None) -> Tasks:
-    """The tasks of a record's run, to test its network once more.
+    """The tasks of a record's run, to test its network again.
 
-    Raises ValueError if the data here are others, or the recipe is planned otherwise now.
+    Raises ValueError if the data found here are not the same, or the recipe has changed since.
     """
     study, plan = plan_of(record)
     tasks = study.tasks(plan, data)

@@ -1,6 +1,6 @@
 """What a study is: its recipes, and for each of them the network, the tasks, and what is measured.
 
-Every study of the reproduction is a `Study` in a file of its own. From recipe to record there is one way,
+Each study of the reproduction is a `Study` in its own file. There is one way from recipe to record,
 `softshare.studies.running.train`, which asks the study for these things in turn; chapters call them too.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..models import Network
+from ..training.devices import standard_defaults
 from ..training.settings import Settings
 from ..training.tasks import Task
 from .records import Identity
@@ -29,14 +30,14 @@ class Recipe:
     """One row or figure of the poster, or a control for one.
 
     Attributes:
-        name: what the poster calls it.
+        name: its name on the poster.
         study: the name of its study.
         network: by the names of `softshare.models.build`.
-        shows: where it stands on the poster, or what it is the control for.
+        shows: where it is on the poster, or what it is the control for.
         data: names of data sets that it is run on, for `softshare.images.load`; () for generated grids and for folders.
         cutout: side of the hole at 32 x 32 pixels; 0: none.
-        penalty: lambda of the recurrence penalty; a mapping where it depends on the profile.
-        dense_epochs: number of first epochs in which similarities are recorded 20 times per epoch.
+        penalty: lambda of the recurrence penalty; a mapping if it depends on the profile.
+        dense_epochs: similarities are recorded 20 times per epoch for the first `dense_epochs` epochs.
     """
 
     name: str
@@ -58,10 +59,10 @@ class Plan:
     """A recipe in one profile with one seed, everything chosen.
 
     Attributes:
-        network: the one that is built; in small profiles a narrow relative of the recipe's.
+        network: the network to build; in small profiles a narrower relative of the recipe's.
         settings: schedule and execution.
         sizes: JSON; numbers of examples, sides, phases.
-        augmentation: JSON; what is done to training images.
+        augmentation: JSON; the random changes of training images.
     """
 
     recipe: Recipe
@@ -85,10 +86,10 @@ class Tasks(NamedTuple):
     """What a plan is trained and tested on.
 
     Attributes:
-        train: the task to train on, with held-out examples or without.
+        train: the task to train on, with or without held-out examples.
         test: the task to test on, once, at the end.
         data: "source" in words and "fingerprint".
-        classes: number of classes; None where there are none.
+        classes: number of classes; None if there are none.
     """
 
     train: Task
@@ -102,10 +103,10 @@ class Study(ABC):
 
     Attributes:
         name: of the study, as records have it.
-        version: raised when the meaning of its training changes, so that older records are not taken for new ones.
+        version: raised when the meaning of its training changes, so that older records are not mistaken for new ones.
         defaults: by part of a plan ("sizes", "augmentation", "schedule") the values that are left out of identities. They
-            belong to the version and are used for nothing else: they stay as they are when a plan or a default elsewhere
-            changes, and a setting that is added later gets its old meaning written here, so that no identity changes.
+            belong to the version and have no other use: they do not change when a plan or a default elsewhere changes,
+            and a setting that is added later gets its old meaning written here, so that no identity changes.
     """
 
     name: str
@@ -122,11 +123,11 @@ class Study(ABC):
 
     @abstractmethod
     def fingerprint(self, plan: Plan, data: str | None = None, download: bool = False) -> str:
-        """Of the data that `tasks` would take, without making tasks of them."""
+        """The fingerprint of the data that `tasks` would use, without making the tasks."""
 
     @abstractmethod
     def examples(self, plan: Plan) -> int:
-        """Training examples of an epoch, as far as the plan tells; of whole data sets their published number."""
+        """Training examples per epoch according to the plan; for whole data sets, their published number."""
 
     def data_told(self, recipe: Recipe) -> str:
         """What a recipe is run on, in a few words."""
@@ -134,44 +135,45 @@ class Study(ABC):
 
     @abstractmethod
     def rehearsal(self, plan: Plan) -> Plan:
-        """A plan of the same kind at toy sizes: every step is executed, in seconds."""
+        """The same plan at toy sizes, which executes every step in seconds."""
 
+    @standard_defaults()
     def network(self, plan: Plan, classes: int | None = None) -> nn.Module:
-        """The network of a plan as it is before training; the default random generator is seeded for it."""
+        """The network of a plan before training; seeds the default random generator."""
         torch.manual_seed(plan.seed)
         return models.build(plan.network, classes)
 
     @abstractmethod
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
-        """What a plan is trained and tested on; `data` names other data than the recipe's first."""
+        """What a plan is trained and tested on; `data` names a data set other than the recipe's first."""
 
     def used(self, plan: Plan, tasks: Tasks) -> dict[str, dict[str, Any]]:
-        """The plan's `config` as it was carried out: where it leaves something to the data, what that came to."""
+        """The plan's `config` as it was carried out, with the values that the plan leaves to the data filled in."""
         return plan.config()
 
     def sample(self, plan: Plan, tasks: Tasks) -> Tensor:
         """At most 1,000 training inputs (n, ...) for re-estimating BatchNorm statistics, as seen at the end of training.
 
-        Drawn at random, since a data set may be sorted by class and statistics of one class fit no other.
+        They are drawn at random, since a data set may be sorted by class, and statistics of one class suit no other.
         """
-        order = torch.randperm(tasks.train.size, generator=torch.Generator().manual_seed(plan.seed))
+        order = torch.randperm(tasks.train.size, generator=torch.Generator("cpu").manual_seed(plan.seed), device="cpu")
         parts = order[:REESTIMATED_ON].split(250)
         return torch.cat([inputs.float() for inputs, _ in tasks.train.batches(parts, plan.seed, 1)])
 
     def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[Any]:
-        """Callbacks for `fit` that measure while it trains."""
+        """Callbacks for `fit` that measure during training."""
         return ()
 
     @abstractmethod
     def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
-        """Metrics of the trained network, by name; the only time that the test examples are looked at."""
+        """Metrics of the trained network, by name; the only use of the test examples."""
 
     def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[Any]) -> list[dict[str, Any]]:
-        """The history that is recorded: that of `fit`, with what watchers saw in each epoch."""
+        """The history to record: that of `fit`, with what the watchers measured in each epoch."""
         return [dict(row) for row in history]
 
     def identity(self, plan: Plan, fingerprint: str = "") -> Identity:
-        """What decides the outcome of a plan on data of that fingerprint."""
+        """What decides the outcome of a plan on data with that fingerprint."""
         chosen = {
             part: {name: value for name, value in values.items() if not self._is_default(part, name, value)}
             for part, values in plan.config().items()

@@ -1,10 +1,11 @@
-"""The poster's tables beside what records hold. Reads files, never trains."""
+"""The poster's tables next to the results in records. Reads files, never trains."""
 
 from __future__ import annotations
 
 import csv
 import html
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,9 @@ NOT_SEEN = "never"
 
 
 def paper_table(name: str) -> list[dict[str, str]]:
-    """The rows of a published table as they stand in data/paper/<name>.csv: "cifar", "imagenet" or "search".
+    """The rows of a published table, from data/paper/<name>.csv: "cifar", "imagenet" or "search".
 
-    An installed package brings its own copy of the files. Raises ValueError for an unknown table.
+    An installed package contains its own copy of the files. Raises ValueError for an unknown table.
     """
     if name not in TABLES:
         raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
@@ -33,12 +34,18 @@ def paper_table(name: str) -> list[dict[str, str]]:
 
 
 def benchmarks() -> list[dict[str, Any]]:
-    """The records of `softshare bench` that stand in data/benchmarks, by file name. Raises ValueError for a bad one."""
-    return [load_benchmark(path) for path in sorted(bundled_folder("benchmarks").glob("*.json"))]
+    """The records of `softshare bench` in data/benchmarks, by file name; a bad one is left out with a warning."""
+    found = []
+    for path in sorted(bundled_folder("benchmarks").glob("*.json")):
+        try:
+            found.append(load_benchmark(path))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return found
 
 
 def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The ratios of a benchmark's record as rows of text: the median over rounds, and from least to most."""
+    """The ratios of a benchmark's record as rows of text: the median over rounds, and the range."""
     rows = []
     for name, (median, least, most) in (record["ratios"] | record["generator"]["ratios"]).items():
         low, middle, high = (f"{float(f'{value:.3g}'):g}" for value in (least, median, most))  # 1360, not 1.36e+03
@@ -47,10 +54,10 @@ def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def measured(records: Sequence[Record], recipe: str, metric: str, data: str, digits: int = 2) -> str:
-    """What records say of one cell: mean, spread, runs, profile and data edition; "not run" without a record.
+    """The content of one cell, from records: mean, spread, runs, profile and data edition; "not run" without a record.
 
-    Only records of the recipe as it is planned now in profile "paper" fill a cell of the paper's schedule; shorter ones are
-    never shown in their place. Editions of a data set are told apart.
+    Only records of profile "paper", of the recipe's current version, fill a cell of the paper's schedule; shorter runs are
+    never shown in their place. Different editions of a data set are kept apart.
     """
     runs = {
         (record.data["source"], record.identity.hash): float(record.metrics[metric])
@@ -76,14 +83,14 @@ WHOLE = {"CIFAR-10": (50_000, 10_000), "CIFAR-100": (50_000, 10_000), "ImageNet"
 
 
 def of_data(record: Record, data: str) -> bool:
-    """Whether a record is of a data set, in whatever edition ("CIFAR-10 (JPEG)"), and of images the whole of it."""
+    """Whether a record is of a data set in any edition ("CIFAR-10 (JPEG)"), and, for images, of all of it."""
     sizes = record.config.get("sizes", {})
     whole = WHOLE.get(data) in (None, (sizes.get("train"), sizes.get("test")))
     return whole and record.data.get("source", "").split(" (")[0] == data
 
 
 def is_planned(record: Record, profile: str) -> bool:
-    """Whether a record is of its recipe as the recipe is planned now in that profile."""
+    """Whether a record is of the current version of its recipe in that profile."""
     if record.profile != profile or record.recipe not in RECIPES:
         return False
     plan = make_plan(record.recipe, profile, record.seed)
@@ -104,7 +111,7 @@ NOT_OURS = "not part of this project"
 
 
 def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, str]]:
-    """A published table with a column "..., measured here" after each figure, filled from records alone.
+    """A published table with a column "..., measured here" after each figure, filled only from records.
 
     Raises ValueError for an unknown table.
     """
@@ -121,7 +128,7 @@ def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, st
 
 
 def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Our CIFAR recipes that no published table has a row for: the controls, and the network of the similarity figures."""
+    """Our CIFAR recipes without a row in a published table: the controls, and the network of the similarity figures."""
     published = {row["model"] for name in TABLES for row in paper_table(name)}
     rows = []
     for name, recipe in RECIPES.items():
@@ -135,7 +142,7 @@ def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, s
 
 
 def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
-    """The share of grids that each network of the curriculum solves at the end of each phase, beside the rectangle rule."""
+    """The share of grids that each network of the curriculum solves at the end of each phase, next to the rectangle rule's."""
     names = [name for name, recipe in RECIPES.items() if recipe.study == "paths"]
     phases = {f"phase {number}": number for number in range(1, 6)}
     data = "shortest paths, generated"
@@ -154,16 +161,21 @@ def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, st
 def structure(
     records: Sequence[Record], recipe: str = "SWRN 40-8-8", threshold: float = 0.8
 ) -> dict[str, list[dict[str, str]]]:
-    """How alike layers have become in each run of a network, whatever its profile (fast ones aside), a row per stage.
+    """How similar layers have become in each run of a network in any profile but fast, one row per stage.
 
-    Beside the largest similarity of a pair stands the 95th percentile of what random directions give, and beside the plan at
-    a threshold the first epoch after which some pair reaches it. The keys say what was run.
+    The largest similarity of a pair is shown next to the 95th percentile for random directions, and the plan at a threshold
+    next to the first epoch after which some pair reaches it. The keys describe the runs. Snapshots that are missing or do not
+    belong to their record are left out with a warning.
     """
     found: dict[str, list[dict[str, str]]] = {}
     for record in records:
         if record.recipe != recipe or record.profile == "fast" or not record.snapshots:
             continue
-        recorder = record.similarity()
+        try:
+            recorder = record.similarity()
+        except (ValueError, OSError) as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
         rows = []
         for group in folding.plan_from_snapshots(record, threshold).groups:
             stage, _, plan = str(group).partition(": ")
@@ -217,7 +229,7 @@ def as_html(rows: Sequence[Mapping[str, str]], caption: str) -> str:
 
 
 def finding(text: str, title: str = "What we measured") -> str:
-    """A box of HTML for numbers that a notebook computed; reads well in the book, in JupyterLab and on Colab.
+    """An HTML box for numbers that a notebook computed; it works in the book, in JupyterLab and on Colab.
 
     Args:
         text: plain text; paragraphs are separated by empty lines.

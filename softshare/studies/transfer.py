@@ -1,7 +1,7 @@
-"""How far does what was learned reach: on larger grids, and on longer distances than were trained?
+"""How far does what was learned extend: to larger grids, and to longer distances than in training?
 
-An analysis: it takes the records of curriculum runs and their trained networks, and writes a record of its own. Found so
-far: see chapter 4 of the book and the page Results.
+An analysis: it takes the records of curriculum runs and their trained networks, and writes its own record. Findings so far:
+see chapter 4 of the book and the page Results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..shortest_path import rectangle_rule, scores_beside_the_rule
-from ..training.devices import convolution_kernels
+from ..training.devices import convolution_kernels, device_of, standard_defaults
 from ..training.environment import execution_facts
 from ..training.evaluation import evaluate, with_reestimated_statistics
 from ..training.tasks import ShortestPaths
@@ -25,6 +25,7 @@ from .study import Tasks
 VERSION = 1
 
 
+@standard_defaults()
 def transfer(
     records: Mapping[str, Record],
     networks: Mapping[str, nn.Module],
@@ -33,14 +34,15 @@ def transfer(
     grids: int = 200,
     runs: str | Path = "",
 ) -> Record:
-    """Score trained networks, their BatchNorm statistics re-estimated, where they have never been.
+    """Score trained networks, with re-estimated BatchNorm statistics, on grids unlike those they were trained on.
 
     Args:
-        records: of the runs that trained the networks, by the names of the networks; all of one plan but for the recipe.
+        records: of the runs that trained the networks, by the names of the networks; all of the same plan except for the
+            recipe.
         networks: as they were trained; convolutions run on grids of any side.
         tasks: of the runs; statistics are re-estimated on grids of their last phase.
         places: pairs of side and box.
-        grids: of each place.
+        grids: number of grids per place.
         runs: folder of records.
 
     Returns:
@@ -56,7 +58,7 @@ def transfer(
     }
     name = f"transfer of {', '.join(record.recipe for record in records.values())}"
     identity = Identity("transfer", VERSION, name, plan.profile, plan.seed, "", chosen, tasks.data["fingerprint"])
-    device = next(next(iter(networks.values())).parameters()).device
+    device = device_of(next(iter(networks.values())))
     rows: list[dict[str, Any]] = []
     with convolution_kernels(device, plan.settings.tf32):
         sample = study.sample(plan, tasks)
@@ -73,6 +75,6 @@ def transfer(
 
 
 def scores_at(record: Record, side: int, box: int) -> dict[str, dict[str, float]]:
-    """From a record of `transfer` the scores at one place by network."""
+    """The scores at one place by network, from a record of `transfer`."""
     rows = [row for row in record.history if (row["side"], row["box"]) == (side, box)]
     return {row["network"]: {key: row[key] for key in SCORES} for row in rows}

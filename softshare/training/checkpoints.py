@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written so that a kill, a full disk or a damaged file never costs an earlier one.
+"""Checkpoints on disk: written so that a kill, a full disk or a damaged file never destroys an earlier one.
 
 A checkpoint is one safetensors file: tensors, and everything else as JSON in its header. Its name, such as
 ``step-00001173-9f2c51aa-5c0e9a0f4d1b7e83.safetensors``, holds the step, a digest of the run's identity, and the first 16
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_file
+from ..files import atomic_file, user_path
 
 FORMAT = "softshare checkpoint 1"
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{8})-([0-9a-f]{16})\.safetensors")
 
 
 class ForeignCheckpoint(ValueError):
-    """A file that is whole, but no checkpoint of this run."""
+    """A file that is intact, but not a checkpoint of this run."""
 
 
 def _tag(identity: Mapping[str, Any]) -> str:
@@ -38,12 +38,12 @@ def _tag(identity: Mapping[str, Any]) -> str:
 def write_checkpoint(
     folder: Path, step: int, identity: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> Path:
-    """Write one checkpoint; returns its path. After an error, such as a full disk, nothing but what was there remains.
+    """Write one checkpoint; returns its path. After an error, such as a full disk, the folder is as it was before.
 
     Args:
-        folder: made if it does not exist; any file system, a mounted drive among them.
+        folder: made if it does not exist; on any file system, including a mounted drive.
         step: optimizer steps done.
-        identity: JSON; what decides the run. A checkpoint is only ever taken up by a run of the same identity.
+        identity: JSON; what decides the run. Only a run with the same identity ever resumes from the checkpoint.
         tensors: by name; copied to the CPU.
         facts: JSON; anything else.
     """
@@ -67,18 +67,18 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = user_path(path)
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ForeignCheckpoint(
-            f"{path} is no checkpoint: their names are like step-00000100-<8>-<16 digits>.safetensors"
+            f"{path} is not a checkpoint: their names are like step-00000100-<8>-<16 digits>.safetensors"
         )
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     if digest.hexdigest()[:16] != match[3]:
-        raise ValueError(f"{path} is damaged: its bytes do not have the checksum in its name")
+        raise ValueError(f"{path} is damaged: its bytes do not match the checksum in its name")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -101,11 +101,11 @@ def newest_checkpoint(
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
     """Path, tensors and facts of the newest whole checkpoint of this run; None if there is none.
 
-    Damaged and foreign files are left where they are and named in a warning, and the one before is taken.
+    Damaged and foreign files are left where they are and named in a warning, and the next older one is used.
 
     Raises:
-        OSError: a file cannot be read now. It may well be whole, so nothing older is taken in its place.
-        ForeignCheckpoint: only checkpoints of other runs are there. Training into that folder would mix two runs.
+        OSError: a file cannot be read now. It may well be intact, so no older one is used in its place.
+        ForeignCheckpoint: the folder holds only checkpoints of other runs. Training into it would mix two runs.
     """
     foreign: ForeignCheckpoint | None = None
     damaged = False
@@ -124,7 +124,7 @@ def newest_checkpoint(
             damaged = True
             warnings.warn(f"refused: {error}; looking for an earlier one", stacklevel=2)
     if foreign and not damaged:
-        raise ForeignCheckpoint(f"{foreign}; give this run a folder of its own, or empty that one")
+        raise ForeignCheckpoint(f"{foreign}; give this run its own folder, or empty that one")
     return None
 
 
@@ -134,7 +134,7 @@ def _short(value: Any) -> str:
 
 
 def prune_checkpoints(folder: Path, step: int, identity: Mapping[str, Any], keep: int = 2) -> None:
-    """Delete this run's checkpoints up to `step` but the newest, and what a killed process left half written.
+    """Delete this run's checkpoints up to `step` except the newest, and what a killed process left half written.
 
     Other runs' files are left alone.
     """
@@ -145,7 +145,7 @@ def prune_checkpoints(folder: Path, step: int, identity: Mapping[str, Any], keep
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by "<parameter number>.<name>"; rates and decay are the schedule's, not state."""
+    """The optimizer's state by "<parameter number>.<name>"; rates and decay belong to the schedule, not to the state."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()
             if isinstance(value, Tensor)}  # fmt: skip
@@ -159,14 +159,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         number, name = key.split(".", 1)
         parameter = parameters[int(number)]
         if value.shape == parameter.shape and value.dim() > 0:
-            # In the parameter's own memory order: another one takes other vector instructions, which round differently.
+            # In the parameter's own memory order: another order uses other vector instructions, which round differently.
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class RunFolder:
-    """The checkpoints of one run: written when they are due, the newest two kept, taken up again.
+    """The checkpoints of one run: written when they are due, read when the run resumes; the newest two are kept.
 
     Args:
         folder: None: nothing is ever written or found.
@@ -174,7 +174,7 @@ class RunFolder:
         pause: the least seconds between two checkpoints; 0: after every step.
 
     Attributes:
-        last_good: the newest checkpoint, written or taken up; None without one.
+        last_good: the newest checkpoint that was written or read; None if there is none.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], pause: float) -> None:
@@ -187,17 +187,17 @@ class RunFolder:
         return self.folder is not None and time.perf_counter() - self.saved >= self.pause
 
     def touch(self) -> None:
-        """Begin the pause anew."""
+        """Restart the pause."""
         self.saved = time.perf_counter()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint and prune older ones; a disk that is full costs a warning and nothing else."""
+        """Write a checkpoint and prune older ones; if that fails, as on a full disk, warn and change nothing."""
         assert self.folder is not None
         try:
             self.last_good = write_checkpoint(self.folder, step, self.identity, tensors, facts)
         except OSError as error:
             kept = f"the last one is {self.last_good}" if self.last_good else "there is none yet"
-            warnings.warn(f"no checkpoint could be written ({error}); {kept}; training goes on", stacklevel=2)
+            warnings.warn(f"no checkpoint could be written ({error}); {kept}; training continues", stacklevel=2)
             return
         prune_checkpoints(self.folder, step, self.identity)
 
@@ -206,7 +206,7 @@ class RunFolder:
         return None if self.folder is None else newest_checkpoint(self.folder, self.identity)
 
     def told(self) -> str:
-        """The last good checkpoint in words, for an error message."""
+        """The last good checkpoint, for an error message."""
         if self.last_good is not None:
             return f"the last good checkpoint is {self.last_good}"
         return "no checkpoint was kept" if self.folder is None else "no checkpoint was written yet"

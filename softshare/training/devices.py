@@ -7,18 +7,19 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .processor import bfloat16_pays
 
 
 class NoSuchDevice(RuntimeError):
-    """A device was asked for that this machine, or this build of PyTorch, has not."""
+    """The requested device does not exist on this machine, or this build of PyTorch cannot use it."""
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The given device, or CUDA where there is one, else the CPU.
+    """The given device; by default CUDA if available, else the CPU.
 
-    Raises NoSuchDevice, a RuntimeError, for CUDA where there is none, ValueError for a device that nobody knows.
+    Raises NoSuchDevice, a RuntimeError, for a GPU that is not there, ValueError for an unknown device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,13 +31,26 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         raise ValueError("the meta device holds no values, so nothing can be computed there; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise NoSuchDevice(
-            f"device {str(device)!r} was asked for, but PyTorch {torch.__version__} sees no CUDA GPU here"
+            f"device {str(device)!r} was requested, but PyTorch {torch.__version__} finds no CUDA GPU on this machine"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise NoSuchDevice(f"device {str(device)!r} was requested, but this machine has {torch.cuda.device_count()} GPU(s)")
     return device
 
 
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype for autocast that a setting of `Settings.precision` means on a device."""
+def pick_precision(precision: str, device: torch.device, parameters: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype to compute in that a setting of `Settings.precision` means on a device, for parameters of that dtype.
+
+    Parameters in float64 are computed with in float64, whatever the setting. Raises ValueError for parameters in half
+    precision, which autocast and small steps of the optimizer need to be in float32.
+    """
+    if parameters is torch.float64:
+        return parameters
+    if parameters is not torch.float32:
+        raise ValueError(
+            f"the model's parameters are {precision_name(parameters)}; training keeps them in float32 (or float64) and computes "
+            'in half precision by autocast: call model.float() and choose Settings(precision="...")'
+        )
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
@@ -46,18 +60,68 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as settings and records have it: "bfloat16"."""
+    """The name of a dtype as it appears in settings and records: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision with `dtype`, or none for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    """Mixed precision with `dtype`; none for float32 and float64."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype if half else None, enabled=half)
+
+
+def outputs_of(model: nn.Module, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """A model's outputs, computed in `dtype` and returned in float32, or float64 where that is the dtype.
+
+    Raises TypeError for outputs that are not one tensor.
+    """
+    if dtype is torch.float64 and inputs.is_floating_point():
+        inputs = inputs.double()
+    with autocast(inputs.device, dtype):
+        outputs = model(inputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model's outputs must be one tensor, as the task's loss takes it, got {type(outputs).__name__}; wrap the model in "
+            "a module whose forward returns the tensor that is meant"
+        )
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating-point parameters, float32 without any; ValueError where they differ."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(found) > 1:
+        raise ValueError(
+            f"the model's parameters are of several dtypes, {', '.join(sorted(map(precision_name, found)))}; call model.float()"
+        )
+    return found.pop() if found else torch.float32
+
+
+@contextmanager
+def standard_defaults() -> Iterator[None]:
+    """PyTorch's own defaults (float32, CPU, gradients), whatever the program around has set; restored after.
+
+    For whatever is recorded: the same recipe must mean the same everywhere. Also a decorator.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
 def convolution_kernels(device: torch.device, tf32: bool) -> Iterator[None]:
-    """On CUDA, look for the fastest kernels (shapes never change in a training), with TF32 or without; restored after."""
+    """On CUDA, look for the fastest kernels, since shapes never change in training, with TF32 or without; restored after."""
     if device.type != "cuda":
         yield
         return
@@ -66,8 +130,8 @@ def convolution_kernels(device: torch.device, tf32: bool) -> Iterator[None]:
         flags.__enter__()
     except RuntimeError as error:  # PyTorch refuses to mix its old and its new switches
         raise ValueError(
-            "TF32 was set by torch.backends.fp32_precision or one of its kin, which cannot be told from here; reset it to "
-            f'"none" and use Settings(tf32=...) ({error})'
+            "TF32 was set through torch.backends.fp32_precision or a related switch, which cannot be combined with this one; "
+            f'reset it to "none" and use Settings(tf32=...) ({error})'
         ) from error
     try:
         yield

@@ -1,6 +1,6 @@
 """Several processes, one device each, by PyTorch's own engine: started by ``torchrun``, which restarts them after a fault.
 
-Nothing here is needed with one process: every function then says so at once.
+With one process, every function here returns at once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .devices import NoSuchDevice
+
 
 class Disagreement(RuntimeError):
     """Processes that train together were given, or have found, different things."""
 
 
 def rank() -> int:
-    """The number of this process among those that torchrun started, from 0; 0 writes and speaks for all."""
-    return dist.get_rank() if _running() else int(os.environ.get("RANK", "0"))
+    """The number of this process among those that torchrun started, from 0; 0 writes and reports for all.
+
+    Raises ValueError where the environment says that there are several processes, but not how they find each other.
+    """
+    if _running():
+        return dist.get_rank()
+    return _number("RANK", 0) if _started_together() else 0
 
 
 def world_size() -> int:
@@ -34,16 +42,52 @@ def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _number(variable: str, default: int) -> int:
+    """An environment variable that holds a whole number; empty means unset. Raises ValueError for anything else."""
+    text = os.environ.get(variable, "").strip()
+    if text and not text.isdecimal():
+        raise ValueError(
+            f"the environment variable {variable} must be a whole number, as torchrun sets it, got {text!r}; unset it or start "
+            "the processes by torchrun"
+        )
+    return int(text) if text else default
+
+
+def _started_together() -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, started this process as one of several.
+
+    RANK alone, say of an array job, means nothing. Several processes that cannot find each other are an error: each of them
+    would train alone and write over the others' files.
+    """
+    if _number("WORLD_SIZE", 1) < 2:
+        if not os.environ.get("RANK", "0").strip().isdecimal():
+            warnings.warn(f"ignored: RANK is {os.environ['RANK']!r}, not a number as torchrun sets it", stacklevel=3)
+        return False
+    variables = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in variables if not os.environ.get(name, "").strip()]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but {' and '.join(missing)} not "
+            "set, so they cannot find each other; start them by torchrun, or unset WORLD_SIZE to train in one process"
+        )
+    if _number("RANK", 0) >= _number("WORLD_SIZE", 1):
+        raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
+    return True
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did, for the time of a ``with`` block; yields the own device.
+    """Join the processes that torchrun started, if it did, for the duration of a ``with`` block; yields this one's device.
 
     Under torchrun ``cuda`` becomes the GPU of the process's local rank, with nccl between them; on a CPU it is gloo. A group
-    that exists already is used and left alone.
+    that exists already is used and left alone. Raises NoSuchDevice for a local rank beyond the number of GPUs, ValueError for
+    an environment that contradicts itself.
     """
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1 or _running()
+    together = _running() or _started_together()
     if together and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= gpus:
+            raise NoSuchDevice(f"process {local} of this machine (LOCAL_RANK) needs a GPU of its own, but there are {gpus}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     ours = together and not _running()
     if ours:
@@ -56,11 +100,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def _init(backend: str) -> None:
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not attempt or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    if not attempt or _number("GROUP_WORLD_SIZE", 1) != 1:
         dist.init_process_group(backend)
         return
-    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses where nobody listens any
+    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses that nobody listens at any
     # more (pytorch/pytorch issue 135712), so keys get a prefix. On several machines the counts differ; there,
     # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun helps.
     store, number, processes = next(dist.rendezvous("env://"))
@@ -72,9 +116,9 @@ def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DistributedDataParallel, which averages gradients; the model itself with one process."""
     if world_size() == 1:
         return model
-    # Buffers are agreed on at the end of each epoch, so they need not be sent at every step.
+    # Buffers are synchronised at the end of each epoch, so they need not be sent at every step.
     parallel = nn.parallel.DistributedDataParallel
-    newer = "forward_sync_buffers" in inspect.signature(parallel.__init__).parameters  # PyTorch's later word for it
+    newer = "forward_sync_buffers" in inspect.signature(parallel.__init__).parameters  # PyTorch's newer name for it
     silent: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return parallel(model, device_ids=[device.index] if device.type == "cuda" else None, **silent)
 
@@ -82,8 +126,8 @@ def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
 def own_part(indices: Tensor) -> tuple[Tensor, float]:
     """This process's examples of a global batch, and the weight of their mean loss in the mean over processes.
 
-    With the weight, the average over processes is the mean over the global batch whatever its size. A process that would
-    go empty takes one example with weight 0, since all have to take part in every step.
+    With the weight, the average over processes is the mean over the global batch, whatever its size. A process that would
+    have no example takes one with weight 0, since all must take part in every step.
     """
     if world_size() == 1:
         return indices, 1.0
@@ -102,7 +146,7 @@ def average_(values: Tensor) -> Tensor:
 
 
 def agree(what: str, *numbers: int) -> None:
-    """Raise Disagreement, a RuntimeError, in all processes unless all of them give the same numbers."""
+    """Raise Disagreement, a RuntimeError, in all processes unless all of them pass the same numbers."""
     if world_size() > 1:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         values = torch.tensor([*numbers, *(-number for number in numbers)], device=device)
@@ -111,8 +155,8 @@ def agree(what: str, *numbers: int) -> None:
         if not torch.equal(largest, smallest):
             raise Disagreement(
                 f"the processes that train together do not agree on {what}: {numbers} in process {rank()}, from "
-                f"{smallest.tolist()} to {largest.tolist()} over all. Do all of them see the same folder of checkpoints, "
-                "and run on machines of one kind?"
+                f"{smallest.tolist()} to {largest.tolist()} over all. Do all of them see the same folder of checkpoints "
+                "and run on the same kind of machine?"
             )
 
 
@@ -126,7 +170,7 @@ def all_of(own: bool) -> bool:
 
 
 def gathered(own: Any) -> list[Any]:
-    """What each process gives, by rank, in all of them."""
+    """What each process passes, by rank, in all of them."""
     if world_size() == 1:
         return [own]
     found: list[Any] = [None] * world_size()
@@ -142,6 +186,6 @@ def agree_on_buffers(model: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes have come this far."""
+    """Wait until all processes have reached this point."""
     if world_size() > 1:
         dist.barrier()

@@ -1,10 +1,11 @@
-"""Where and how a run is carried out: hardware, versions, revision, precision; of every process that takes part."""
+"""Where and how a run is carried out: hardware, versions, revision, precision, for every process that takes part."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -20,12 +21,15 @@ from .processor import processor_name
 from .settings import Settings
 
 REVISION = "SOFTSHARE_REVISION"
-"""The environment variable that names the revision where git does not: a commit, with "+changes" behind it if the code was
-changed since."""
+"""The environment variable that names the revision where git does not: a commit in hexadecimal digits, followed by
+"+changes" if the code was changed since."""
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """This machine and this code: device, versions, git revision or None, and the date (UTC)."""
+    """This machine and this code: device, versions, git revision or None, and the date (UTC).
+
+    Raises ValueError if $SOFTSHARE_REVISION is needed and is not a commit.
+    """
     device = str(device)
     on_cuda = device.startswith("cuda")
     return {
@@ -46,8 +50,8 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 def _revision() -> dict[str, Any]:
     """The checkout's commit and whether it has uncommitted changes.
 
-    Where there is no git, or it knows only an older commit than the files are of (a copy brought up to date by other means),
-    what `REVISION` says; None if it says nothing.
+    Where there is no git, or git knows only an older commit than that of the files (a copy that was updated by other means),
+    `REVISION` decides; None if it is not set.
     """
     top = files.checkout()
     found = None if top is None else _git(top)
@@ -55,13 +59,18 @@ def _revision() -> dict[str, Any]:
     if found and (not found["dirty"] or not given):
         return found
     commit = given.removesuffix("+changes")
+    if given and not re.fullmatch(r"[0-9a-fA-F]{6,64}", commit):
+        raise ValueError(
+            f'{REVISION} must be a commit, 6 to 64 hexadecimal digits, if need be with "+changes" after it, got {given!r}'
+        )
     return {"revision": commit or None, "dirty": given != commit if commit else None}
 
 
 def _git(top: os.PathLike[str]) -> dict[str, Any] | None:
     def asked(*command: str) -> str:
         call = ["git", "-C", str(top), *command]
-        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(call, capture_output=True, check=True, timeout=10)
+        return os.fsdecode(done.stdout).strip()
 
     try:
         if not os.path.samefile(asked("rev-parse", "--show-toplevel"), top):
@@ -75,12 +84,15 @@ def _git(top: os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
 
-def execution_facts(device: torch.device, settings: Settings) -> dict[str, Any]:
-    """The `environment` with what the execution of `settings` comes to on a device: precision, TF32, memory format.
+def execution_facts(
+    device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The `environment`, and how `settings` are executed on a device: precision, TF32, memory format.
 
-    "tf32" is whether convolutions in float32 may round their inputs to TF32.
+    "tf32" is whether convolutions in float32 may round their inputs to TF32. `parameters` is the dtype of the model's: a
+    float64 model computes in float64 whatever the settings.
     """
-    dtype = pick_precision(settings.precision, device)
+    dtype = pick_precision(settings.precision, device, parameters)
     return environment(device) | {
         "precision": precision_name(dtype),
         "tf32": settings.tf32 and device.type == "cuda" and dtype is torch.float32,
@@ -89,17 +101,20 @@ def execution_facts(device: torch.device, settings: Settings) -> dict[str, Any]:
 
 
 class Execution:
-    """How a run is carried out, as a record has it; earlier processes of the same run, known from checkpoints, included.
+    """How a run is carried out, as it is recorded; includes earlier processes of the same run, known from checkpoints.
 
     Attributes:
         now: of this process, or of process 0 for all: `execution_facts`, whether the model is compiled, how many processes
-            train together, and as "others" the same of these.
-        earlier: the same of the processes before, where the run was interrupted.
-        after: of a process that found the training finished and only measured; None where none did.
+            train together, and as "others" the same facts about these.
+        earlier: the same of the processes before, if the run was interrupted.
+        after: of a process that found the training finished and only measured; None if there was none.
     """
 
-    def __init__(self, device: torch.device, settings: Settings) -> None:
-        self.now = execution_facts(device, settings) | {"compiled": False, "processes": distributed.world_size()}
+    def __init__(
+        self, device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32
+    ) -> None:
+        self.now = execution_facts(device, settings, parameters)
+        self.now |= {"compiled": False, "processes": distributed.world_size()}
         others = distributed.gathered(self.now)[1:]
         if others:
             self.now["others"] = others
@@ -107,23 +122,23 @@ class Execution:
         self.after: dict[str, Any] | None = None
 
     def compiled(self, outcome: bool | str) -> None:
-        """Note what became of compiling; all processes decide that together."""
+        """Note whether the model was compiled; all processes decide that together."""
         for each in (self.now, *self.now.get("others", ())):
             each["compiled"] = outcome
 
     def finished(self, states: list[dict[str, Any]]) -> None:
-        """Nothing is left to be trained: those who did it are known from a checkpoint's `states`."""
+        """Nothing is left to train: the processes that trained are known from a checkpoint's `states`."""
         self.after = self.now
         *self.earlier, self.now = states
 
     def follow(self, before: list[dict[str, Any]]) -> None:
-        """Take up what `states` of the process before has told; a warning says if the precision is another one."""
+        """Resume after the processes in `before`, from `states`; warns if the precision has changed."""
         self.earlier = before
         last = before[-1]["precision"] if before else self.now["precision"]
         if last != self.now["precision"]:
             warnings.warn(
-                f"the checkpoint was written in {last}, and training goes on in {self.now['precision']}: the outcome is "
-                'that of neither alone, and the record says so. Settings(precision="...") chooses one',
+                f"the checkpoint was written in {last}, and training resumes in {self.now['precision']}: the outcome is that of "
+                'neither alone, and the record says so. Settings(precision="...") chooses one',
                 stacklevel=2,
             )
 
@@ -132,6 +147,6 @@ class Execution:
         return [*self.earlier, self.now]
 
     def record(self) -> dict[str, Any]:
-        """JSON for a record: who trained last, those before as "earlier", and who only measured as "measured by", if any."""
+        """JSON for a record: the last process that trained, "earlier" ones, and one that only measured as "measured by"."""
         found = self.now | ({"earlier": self.earlier} if self.earlier else {})
         return found | ({"measured by": self.after} if self.after else {})

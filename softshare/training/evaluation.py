@@ -1,4 +1,4 @@
-"""What a network scores on held-out examples, and BatchNorm statistics that fit the weights that it has now."""
+"""What a network scores on held-out examples, and BatchNorm statistics that fit its current weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from .devices import autocast, pick_precision
+from .devices import autocast, device_of, outputs_of, parameter_dtype, pick_precision
 from .tasks import Task
 
 
@@ -17,14 +17,13 @@ def evaluate(model: nn.Module, task: Task, precision: str = "auto") -> dict[str,
 
     `precision` is as in `Settings`, with the same default, so that a network is scored as it was trained.
     """
-    device = next(model.parameters()).device
-    dtype = pick_precision(precision, device)
+    device = device_of(model)
+    dtype = pick_precision(precision, device, parameter_dtype(model))
     modes = {module: module.training for module in model.modules()}
     model.eval()
 
     def predict(inputs: Tensor) -> Tensor:
-        with autocast(device, dtype):
-            return model(inputs).float()  # type: ignore[no-any-return]
+        return outputs_of(model, inputs, dtype)
 
     try:
         with torch.inference_mode():
@@ -39,14 +38,16 @@ def with_reestimated_statistics(
 ) -> nn.Module:
     """A copy in eval mode whose BatchNorm statistics are re-estimated on inputs (N, ...), on the model's device.
 
-    Running statistics follow the weights with a delay, so at a high rate scores jump from epoch to epoch; and after a fold
-    they describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples;
-    dropout, if there is any, draws the same numbers at each call, and the default random generators are left as they were.
+    Running statistics lag behind the weights, so at a high rate scores jump from epoch to epoch; and after a fold they
+    describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples;
+    dropout, if any, draws the same numbers in each call, and the default random generators are left as they were.
     """
     model = copy.deepcopy(model)
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    device = device_of(model)
+    dtype = pick_precision(precision, device, parameter_dtype(model))
+    inputs = inputs.double() if dtype is torch.float64 else inputs
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
         torch.manual_seed(0)
-        with autocast(device, pick_precision(precision, device)):
+        with autocast(device, dtype):
             update_bn((some.to(device) for some in inputs.split(batch)), model)
     return model.eval()

@@ -1,10 +1,12 @@
-"""The training loop: one for every task, with progress, checkpoints, and several devices under torchrun."""
+"""The training loop: one for every task, with progress, checkpoints, and multiple devices under torchrun."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import without_addresses
+from ..files import user_path
+from ..precautions import refuse_inference
 from . import distributed
 from .checkpoints import ForeignCheckpoint, RunFolder, load_optimizer_tensors, optimizer_tensors
-from .devices import convolution_kernels, pick_device, pick_precision
+from .devices import convolution_kernels, parameter_dtype, pick_device, pick_precision
 from .environment import Execution
 from .evaluation import evaluate
 from .progress import Progress
@@ -51,24 +56,26 @@ def fit(
 ) -> History:
     """Train a model in place.
 
-    With `checkpoints`, a run that was killed goes on where its newest checkpoint left it, and in one process on a CPU ends
-    with the same weights, bit for bit, as one that never was. (Among several processes dropout goes on with other random
-    numbers.) Under ``torchrun`` every process calls this with the same arguments: a batch is divided among them, gradients
-    are averaged by DistributedDataParallel, process 0 writes and speaks for all.
+    With `checkpoints`, a run that was killed resumes from its newest checkpoint and, in one process on a CPU, ends with the
+    same weights, bit for bit, as an uninterrupted one. (With several processes, dropout resumes with other random numbers.)
+    Under ``torchrun`` every process calls this with the same arguments: each batch is divided among them, gradients are
+    averaged by DistributedDataParallel, and process 0 writes and reports for all.
 
     Args:
-        model: moved to the device, and left there in eval mode.
+        model: moved to the device, and left there in eval mode. Its outputs must be one tensor, its parameters all float32,
+            or all float64, which then is the precision. Its state dict may hold more than tensors
+            (`get_extra_state`): what JSON can hold travels in checkpoints.
         task: `softshare.training.tasks.Classification`, `ShortestPaths`, or another `Task`.
         settings: see `Settings`.
         callbacks: functions called as ``callback(model, epoch)`` before the first epoch (with 0) and after each, or
-            `SimilarityRecorder` instances. What one knows travels in checkpoints if it has, as the recorder does,
+            `SimilarityRecorder` instances. A callback's state is kept in checkpoints if, like the recorder, it has
             ``state_dict()`` and ``load_state_dict(state)`` for a dict of tensors.
-        device: default: CUDA where there is one.
-        title: what the progress display calls the run.
+        device: default: CUDA if available.
+        title: the run's name in the progress display.
         progress: whether to show epoch, loss, metrics, examples per second and time left: as a bar on a terminal, as plain
             lines elsewhere.
         checkpoints: a folder for this run's checkpoints, of which the newest two are kept; None: none are written.
-        checkpoint_seconds: the least time between two; 0: after every step. The end is always kept.
+        checkpoint_seconds: the least time between two; 0: after every step. The last state is always kept.
 
     Returns:
         One dict per epoch: epoch (from 1), rate, loss (mean over the epoch's examples, penalty included), seconds,
@@ -77,7 +84,9 @@ def fit(
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message names step, rate and last good checkpoint.
         ForeignCheckpoint: a ValueError; the folder holds only checkpoints of other runs.
-        NoSuchDevice: a RuntimeError; CUDA was asked for where there is none.
+        NoSuchDevice: a RuntimeError; CUDA was requested but is not available.
+        TypeError: the model's outputs are not one tensor, or its extra state cannot be kept in checkpoints.
+        ValueError: parameters of several dtypes or in half precision, or made under `torch.inference_mode`.
     """
     if not isinstance(model, nn.Module) or not isinstance(settings, Settings):
         raise TypeError(
@@ -85,8 +94,14 @@ def fit(
         )
     if not checkpoint_seconds >= 0:
         raise ValueError(f"checkpoint_seconds must be at least 0, got {checkpoint_seconds}")
-    with distributed.process_group(pick_device(device)) as place, convolution_kernels(place, settings.tf32):
-        folder = None if checkpoints is None else Path(checkpoints).expanduser()
+    refuse_inference(model)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        distributed.process_group(pick_device(device)) as place,
+        convolution_kernels(place, settings.tf32),
+    ):
+        folder = None if checkpoints is None else user_path(checkpoints)
         run = _Run(model, task.to(place), settings, callbacks, place, folder, checkpoint_seconds)
         run.display = Progress(title, settings.epochs, task.size, progress and distributed.rank() == 0)
         try:
@@ -95,21 +110,37 @@ def fit(
             run.display.close()
 
 
+def _extra_state(model: nn.Module) -> dict[str, Any]:
+    """What a model's state dict holds besides tensors. Raises TypeError for what JSON would not give back as it is."""
+    extra = {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
+    for name, value in extra.items():
+        try:
+            same = bool(json.loads(json.dumps(value)) == value)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise TypeError(
+                f"checkpoints keep tensors and JSON, but the model's {name!r} is {type(value).__name__} {value!r:.60}; have its "
+                "get_extra_state return a tensor or JSON, or train without checkpoints"
+            )
+    return extra
+
+
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 class _Losses:
-    """The losses of an epoch's steps: kept on the device, and looked at now and then, since a look makes the device wait."""
+    """The losses of an epoch's steps: kept on the device and read from time to time, since reading makes the device wait."""
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        self.values = torch.zeros(steps, device=device)
+        self.values = torch.zeros(steps, device=device, dtype=torch.float32)
         self.checked = 0  # steps whose losses are known to be finite, and are averaged over processes
-        # Processes wait for one another at each look, too.
+        # Processes wait for one another each time, too.
         self.every = 50 if device.type == "cuda" else 10 if distributed.world_size() > 1 else 1
 
     def look(self, done: int) -> list[float]:
-        """Average the losses since the last look, up to step `done`, over processes; returns them."""
+        """Average the losses since the last call, up to step `done`, over processes; returns them."""
         latest = distributed.average_(self.values[self.checked : done])
         self.checked = done
         return latest.tolist()  # type: ignore[no-any-return]
@@ -136,7 +167,8 @@ class _Run:
     ) -> None:
         self.model, self.task, self.settings, self.device = model, task, settings, device
         self.callbacks = list(callbacks)
-        self.dtype = pick_precision(settings.precision, device)
+        parameters = parameter_dtype(model)
+        self.dtype = pick_precision(settings.precision, device, parameters)
         distributed.agree("the precision", torch.finfo(self.dtype).bits, int(self.dtype is torch.bfloat16))
         self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
         model.to(device=device)
@@ -145,20 +177,26 @@ class _Run:
         self.stepper = Stepper(model, task, settings, device, self.dtype)
         if settings.compile is None:
             self.stepper.wanted = device.type == "cuda" and self.steps * settings.epochs >= 1000
-        self.execution = Execution(device, settings)
-        self.order = torch.Generator().manual_seed(settings.seed)
+        self.execution = Execution(device, settings, parameters)
+        self.order = torch.Generator("cpu").manual_seed(settings.seed)
         torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
         self.folder = RunFolder(folder, self._identity(), pause)
-        self.epoch, self.step = 1, 0  # the epoch that goes on, and its steps done
+        if folder is not None:
+            _extra_state(model)  # cannot be kept? then say so before hours of training
+        self.epoch, self.step = 1, 0  # the current epoch, and its steps done
         self.losses = _Losses(self.steps, device)
         self.seconds = 0.0  # spent on the epoch
         self.history: list[dict[str, float]] = []
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with this run to be taken up: whatever decides the outcome."""
-        shapes = [f"{name} {tuple(value.shape)}" for name, value in self.model.state_dict().items()]
+        """What a checkpoint must have in common with this run for the run to resume from it: all that decides the outcome."""
+        shapes = [
+            f"{name} {tuple(value.shape) if isinstance(value, Tensor) else ''}"
+            for name, value in self.model.state_dict().items()
+        ]
         return {
-            "model": _digest(str(self.model), *shapes),  # a model's text has what its weights have not, such as dropout
+            # A model's text has what its weights do not have, such as dropout.
+            "model": _digest(without_addresses(str(self.model)), *shapes),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "examples": self.task.size,
             "data": _digest(self.task.identity()),
@@ -205,7 +243,7 @@ class _Run:
     def _batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What is left of the epoch: inputs and targets of this process, and the weight of their mean loss."""
         self.order_before = self.order.get_state()
-        order = torch.randperm(task.size, generator=self.order).to(self.device).split(self.settings.batch_size)
+        order = torch.randperm(task.size, generator=self.order, device="cpu").to(self.device).split(self.settings.batch_size)
         parts, weights = zip(*(distributed.own_part(indices) for indices in order[self.step :]), strict=True)
         for (inputs, targets), weight in zip(task.batches(parts, self.settings.seed, self.epoch), weights, strict=True):
             yield inputs, targets, weight
@@ -218,7 +256,7 @@ class _Run:
     def _end_epoch(self, task: Task, rate: float) -> None:
         settings, epoch = self.settings, self.epoch
         self.execution.compiled(self.stepper.outcome)
-        sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64)
+        sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64, device="cpu")
         sizes[-1] = task.size - settings.batch_size * (self.steps - 1)
         row = {
             "epoch": float(epoch),
@@ -242,7 +280,7 @@ class _Run:
             (callback.record if isinstance(callback, SimilarityRecorder) else callback)(self.model, epoch)
 
     def _check(self, rate: float) -> None:
-        """Look at the latest losses and stop if one is not finite."""
+        """Read the latest losses and stop if one is not finite."""
         first = self.losses.checked + 1
         values = self.losses.look(self.step)
         for place, value in enumerate(values, start=first):
@@ -258,8 +296,9 @@ class _Run:
     def _save(self, seconds: float) -> None:
         self.folder.touch()
         if distributed.rank() > 0 or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            return  # the weights left the finite numbers: the next loss will tell
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+            return  # the weights are no longer finite: the next loss will show it
+        state = self.model.state_dict().items()
+        tensors = {f"model.{name}": value for name, value in state if isinstance(value, Tensor)}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.stepper.optimizer).items()}
         tensors |= {"order": self.order_before, "losses": self.losses.values, "random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -275,29 +314,36 @@ class _Run:
             "history": self.history,
             "scaler": self.stepper.scaler.state_dict(),
             "execution": self.execution.states(),
+            "extra state": _extra_state(self.model),
         }
         self.folder.save(self.total_steps, tensors, facts)
 
     def _resume(self) -> bool:
-        """Take up the newest checkpoint, if there is one."""
+        """Resume from the newest checkpoint, if there is one."""
         found = self.folder.newest()
         if found is None:
             return False
         path, tensors, facts = found
+        if not self.task.identity():
+            warnings.warn(
+                f"resuming from {path}: {type(self.task).__name__} has no identity(), so nothing can tell whether its data are "
+                "the same as before",
+                stacklevel=2,
+            )
         try:
             self._restore(tensors, facts)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ForeignCheckpoint(f"{path} does not hold what this run needs: {error}") from error
         self.folder.last_good = path
         self.display.begin_at((self.epoch - 1) * self.task.size + self.step * self.settings.batch_size)
-        self.display.say(f"going on at epoch {self.epoch}, step {self.step + 1}, from {path}")
+        self.display.say(f"resuming at epoch {self.epoch}, step {self.step + 1}, from {path}")
         return True
 
     def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."))
+        self.model.load_state_dict(part("model.") | facts.get("extra state", {}))
         load_optimizer_tensors(self.stepper.optimizer, part("optimizer."))
         if facts["scaler"] and self.stepper.scaler.is_enabled():
             self.stepper.scaler.load_state_dict(facts["scaler"])
@@ -318,5 +364,5 @@ class _Run:
             torch.set_rng_state(tensors["random.cpu"])
             if self.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        else:  # only process 0's state is kept; the others' dropout goes on with numbers of its own
+        else:  # only process 0's state is kept; dropout in the others continues with its own numbers
             torch.manual_seed(self.settings.seed + 1_000_003 * distributed.rank() + self.total_steps)

@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, plain lines in a notebook or a log."""
+"""The progress of a training: a bar on a terminal, plain lines in a notebook or a log."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from datetime import timedelta
 from typing import Any
 
 
+def say(text: str) -> None:
+    """Print a line, whatever letters the terminal knows: those that it does not are written as ``\\N{NAME}``."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode(sys.stdout.encoding, "namereplace").decode(sys.stdout.encoding), flush=True)
+
+
+def on_a_terminal(stream: Any) -> bool:
+    """Whether a stream, such as sys.stderr, is a terminal; a stream that does not know is not."""
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
 class Progress:
-    """A bar on a terminal; elsewhere (a notebook, a log) plain lines: an epoch's end, at most one a second, and in long
-    epochs one every half minute."""
+    """A bar on a terminal; elsewhere (a notebook, a log) plain lines: at the end of an epoch, at most one per second, and
+    in long epochs one every 30 seconds."""
 
     def __init__(self, title: str, epochs: int, size: int, shown: bool) -> None:
         self.title, self.epochs, self.size, self.shown = title, epochs, size, shown
         self.started = self.last = time.perf_counter()
-        self.first = self.done = 0  # examples done before this process, and by now
+        self.first = self.done = 0  # examples done before this process, and so far
         self.bar: Any = None
-        if shown and sys.stderr.isatty():
+        if shown and on_a_terminal(sys.stderr):
             from tqdm import tqdm
 
             self.bar = tqdm(total=epochs * size, desc=title, unit=" examples", unit_scale=True, dynamic_ncols=True)
@@ -36,7 +49,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(f"{self.title}: {text}", file=sys.stderr)
         elif self.shown:
-            print(f"{self.title}: {text}", flush=True)
+            say(f"{self.title}: {text}")
 
     def look(self, epoch: int, loss: float) -> None:
         """Within an epoch."""
@@ -45,11 +58,11 @@ class Progress:
             self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs}, loss {loss:.3f}", refresh=False)
         elif self.shown and now - self.last >= 30.0:
             speed = (self.done - self.first) / (now - self.started)
-            print(f"{self._place(epoch)}: loss {loss:.3f}, {speed:.0f}/s, {self._left(now)}", flush=True)
+            say(f"{self._place(epoch)}: loss {loss:.3f}, {speed:.0f}/s, {self._left(now)}")
             self.last = now
 
     def epoch(self, row: dict[str, float]) -> None:
-        """At an epoch's end."""
+        """At the end of an epoch."""
         now, epoch = time.perf_counter(), int(row["epoch"])
         names = {"held_out_accuracy": "accuracy", "held_out_f1": "F1", "held_out_exact": "exact"}
         found = [f"{names[name]} {value:.4g}" for name, value in row.items() if name in names]
@@ -57,7 +70,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs}, {text}")
         elif self.shown and (now - self.last >= 1.0 or epoch == self.epochs):
-            print(f"{self._place(epoch)}: {text}, {row['examples_per_second']:.0f}/s, {self._left(now)}", flush=True)
+            say(f"{self._place(epoch)}: {text}, {row['examples_per_second']:.0f}/s, {self._left(now)}")
             self.last = now
 
     def _place(self, epoch: int) -> str:

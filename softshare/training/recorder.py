@@ -1,7 +1,8 @@
-"""The recorder: snapshots of a model's coefficients over training, from which all pictures of similarity are drawn."""
+"""The recorder: snapshots of a model's coefficients over training, from which all similarity plots are drawn."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import count
-from ..files import atomic_file
+from ..files import atomic_file, user_path
 from ..sharing import banks
 from ..similarity import layer_similarity
 
@@ -20,15 +21,15 @@ from ..similarity import layer_similarity
 class SimilarityRecorder:
     """Snapshots of a model's layer similarity matrices over training.
 
-    Call ``recorder.record(model, step)`` whenever a snapshot is wanted, with steps that increase; `fit` does so before the
-    first epoch and after each when given one as a callback, and then counts in epochs.
+    Call ``recorder.record(model, step)`` whenever you want a snapshot, with increasing steps. Given one as a callback, `fit`
+    does so before the first epoch and after each, and counts in epochs.
 
     Args:
-        dense_epochs: number of first epochs in which `fit` takes several snapshots.
+        dense_epochs: `fit` takes several snapshots per epoch for the first `dense_epochs` epochs.
         per_epoch: how many in each of those; their steps are fractions of epochs.
 
     Attributes:
-        steps: numbers that increase, one per snapshot.
+        steps: increasing numbers, one per snapshot.
         coefficients: dict from group name to the list of coefficient matrices (L, k), numpy float32, one per snapshot.
     """
 
@@ -67,7 +68,7 @@ class SimilarityRecorder:
         return {name: largest_pair(matrices) for name, matrices in self.matrices().items()}
 
     def every(self, step: float) -> SimilarityRecorder:
-        """The snapshots at multiples of `step` alone, so equally far apart where some were taken more densely."""
+        """Only the snapshots at multiples of `step`, which are equally far apart even if some were taken more densely."""
         kept = SimilarityRecorder()
         places = [place for place, at in enumerate(self.steps) if abs(at / step - round(at / step)) < 1e-9]
         kept.steps = [self.steps[place] for place in places]
@@ -75,35 +76,40 @@ class SimilarityRecorder:
         return kept
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as checkpoints and files keep it: "steps", "names" (JSON as bytes), and as "coefficients_i" those of
+        """Everything, as kept in checkpoints and files: "steps", "names" (JSON as bytes), and as "coefficients_i" those of
         group i over time, (snapshots, L, k)."""
-        names = torch.tensor(list(json.dumps(list(self.coefficients)).encode()), dtype=torch.uint8)
-        state = {"steps": torch.tensor(self.steps, dtype=torch.float64), "names": names}
+        names = torch.tensor(list(json.dumps(list(self.coefficients)).encode()), dtype=torch.uint8, device="cpu")
+        state = {"steps": torch.tensor(self.steps, dtype=torch.float64, device="cpu"), "names": names}
         for number, snapshots in enumerate(self.coefficients.values()):
             state[f"coefficients_{number}"] = torch.from_numpy(np.stack(snapshots))
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state_dict` described."""
+        """Restore what `state_dict` returned."""
         names = json.loads(bytes(state["names"].tolist()))
         self.steps = state["steps"].tolist()
         self.coefficients = {name: list(state[f"coefficients_{i}"].numpy()) for i, name in enumerate(names)}
 
     def save(self, path: str | Path) -> None:
         """Write everything to one .npz file (no pickle), whole or not at all."""
-        with atomic_file(Path(path).expanduser()) as file:
-            arrays: dict[str, Any] = {name: value.numpy() for name, value in self.state_dict().items()}
-            np.savez_compressed(file, **arrays)
+        with atomic_file(user_path(path)) as file:
+            file.write(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in self.state_dict().items()}
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str | Path) -> SimilarityRecorder:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is not one of ours."""
-        recorder = cls()
+        """Read what `save` wrote. Raises OSError for a file that cannot be read, ValueError for one that is not ours."""
+        path, recorder = user_path(path), cls()
+        data = path.read_bytes()  # errors of reading first: they say nothing about the content
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 recorder.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
-        except FileNotFoundError:
-            raise
         except Exception as error:
             raise ValueError(f"{path} is not a similarity record: {error}") from error
         return recorder

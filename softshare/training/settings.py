@@ -1,4 +1,4 @@
-"""How to train: the schedule, which decides the outcome, and the execution, which decides how fast it comes."""
+"""How to train: the schedule, which decides the outcome, and the execution, which decides the speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Schedule:
         rate: learning rate at the start.
         milestones: fractions of `epochs`, or of `cycle`, after which the rate is multiplied by `factor`.
         factor: see `milestones`.
-        cycle: epochs after which the rates begin again, as at each phase of a curriculum; 0: never.
+        cycle: number of epochs after which the schedule of rates restarts, as in each phase of a curriculum; 0: never.
         weight_decay: on everything but coefficients, see `softshare.decay_groups`.
         penalty: lambda of the recurrence penalty that is added to the loss.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
@@ -72,7 +72,7 @@ class Schedule:
         return chosen | {"milestones": list(self.milestones)}
 
     def rate_of(self, epoch: int) -> float:
-        """The learning rate of an epoch (from 0): a step schedule, begun again after each `cycle`."""
+        """The learning rate of an epoch (from 0): a step schedule, restarted after each `cycle`."""
         length = self.cycle or self.epochs
         place = epoch % length if self.cycle else epoch
         passed = sum(place >= max(1, round(fraction * length)) for fraction in self.milestones)
@@ -81,15 +81,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Settings(Schedule):
-    """How to train: a `Schedule`, and the execution, which changes speed and rounding alone.
+    """How to train: a `Schedule`, and the execution, which only changes speed and rounding.
 
     Attributes:
         precision: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device has units for it, else float16 on
-            CUDA (with a gradient scaler) and float32 on a CPU.
+            CUDA (with a gradient scaler) and float32 on a CPU. A model with float64 parameters computes in float64.
         tf32: whether convolutions in float32 on CUDA may round their inputs to TF32, as PyTorch does by default.
         channels_last: whether to keep activations and weights in channels_last memory format.
-        compile: whether to run the model through torch.compile, which takes a minute or two before the first step; None: on
-            CUDA, for runs of at least 1,000 steps. Where it fails, a warning says so and training goes on without it.
+        compile: whether to compile the model with torch.compile, which takes a minute or two before the first step; None: on
+            CUDA, for runs of at least 1,000 steps. If it fails, a warning says so and training continues without it.
     """
 
     precision: str = "auto"

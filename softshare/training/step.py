@@ -1,4 +1,4 @@
-"""One step of training: forward, loss, penalty, backward, optimizer; and how it is compiled."""
+"""One training step: forward, loss, penalty, backward, optimizer; and how it is compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..sharing import decay_groups
 from ..similarity import recurrence_penalty
 from . import distributed
-from .devices import autocast
+from .devices import outputs_of
 from .settings import Schedule, Settings
 from .tasks import Task
 
@@ -37,11 +37,10 @@ def train_step(
 ) -> Tensor:
     """One step of the optimizer on one batch; returns the loss, penalty included, detached and still on the device.
 
-    `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`.
+    `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`. Raises TypeError for a model whose
+    outputs are not one tensor.
     """
-    with autocast(inputs.device, dtype):
-        outputs = model(inputs)
-    loss = task.loss(outputs.float(), targets)
+    loss = task.loss(outputs_of(model, inputs, dtype), targets)
     if weight != 1.0:
         loss = loss * weight
     if penalty:
@@ -57,9 +56,9 @@ class Stepper:
     """The steps of one training: the model as it is called, its optimizer, its gradient scaler.
 
     Attributes:
-        wanted: whether the model shall run through torch.compile.
-        outcome: what became of that, for a record: False (not wanted), True, or that it failed. All processes decide
-            together, at the first step.
+        wanted: whether the model should be compiled by torch.compile.
+        outcome: whether it was, for a record: False (not wanted), True, or that it failed. All processes decide together,
+            at the first step.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Stepper:
         self.module: nn.Module | None = None
 
     def set_rate(self, rate: float) -> None:
-        """Take steps of this learning rate from now on."""
+        """Use this learning rate from now on."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -96,12 +95,12 @@ class Stepper:
     def _called(self) -> nn.Module:
         module = self.model
         if self.wanted:
-            # A full batch, also where a run goes on right before an epoch's last, smaller one.
+            # A full batch, even if the run resumes right before the last, smaller batch of an epoch.
             indices, _ = distributed.own_part(torch.arange(self.full, device=self.device))
             inputs, targets = self.task.batch(indices, 0, 1)
             inputs = self._laid_out(inputs)
             compiled = try_compiled(self.model, self.task, inputs, targets, self.dtype)
-            # Before any gradient is exchanged: a process that failed alone would leave the others waiting for it.
+            # Before any gradient is exchanged: a process that failed on its own would leave the others waiting for it.
             worked = distributed.all_of(compiled is not self.model)
             self.outcome = worked or "failed, so it ran without"
             if worked:
@@ -112,15 +111,15 @@ class Stepper:
 
 
 class FullBatchesCompiled(nn.Module):
-    """A model that runs compiled on inputs of one shape and as it is on others, such as an epoch's last, smaller batch.
+    """A model that runs compiled on inputs of one shape and uncompiled on others, such as an epoch's last, smaller batch.
 
-    The compiler would otherwise start again for each new shape, minutes into the training and outside of its trial.
+    Otherwise the compiler would start again for each new shape, minutes into the training, where no trial catches it.
     """
 
     def __init__(self, model: nn.Module, compiled: nn.Module, shape: torch.Size) -> None:
         super().__init__()
         self.model, self.shape = model, shape
-        self.runs: tuple[Any] = (compiled,)  # in a tuple, lest its parameters are registered twice
+        self.runs: tuple[Any] = (compiled,)  # in a tuple, so that its parameters are not registered twice
 
     def forward(self, inputs: Tensor) -> Tensor:
         run = self.runs[0] if inputs.shape == self.shape else self.model
@@ -128,10 +127,10 @@ class FullBatchesCompiled(nn.Module):
 
 
 def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> nn.Module:
-    """``torch.compile(model)``, tried on one batch, forward and backward; with a warning the model itself if it fails.
+    """``torch.compile(model)``, tried on one batch, forward and backward; if that fails, the model itself, with a warning.
 
-    Leaves gradients empty, and statistics and random numbers as they were. After an error of CUDA itself nothing runs any
-    more, so that one is raised.
+    Leaves gradients empty, and statistics and random numbers as they were. After an error of CUDA itself nothing works any
+    more, so that error is raised.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     cuda = [inputs.device] if inputs.device.type == "cuda" else []
@@ -139,15 +138,13 @@ def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, 
     with torch.random.fork_rng(devices=cuda):
         try:
             compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-            with autocast(inputs.device, dtype):
-                outputs = compiled(inputs)
-            task.loss(outputs.float(), targets).backward()
+            task.loss(outputs_of(compiled, inputs, dtype), targets).backward()
         except Exception as error:  # compilers fail in many ways
             if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
                 raise
             reason = str(error).strip().splitlines() or [""]
             warnings.warn(
-                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training goes on without it, slower",
+                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training continues without it, more slowly",
                 stacklevel=2,
             )
             compiled = model

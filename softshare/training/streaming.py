@@ -1,4 +1,4 @@
-"""Images that do not fit into memory, such as ImageNet: decoded from a folder by other processes while a model trains."""
+"""Images that do not fit into memory, such as ImageNet: decoded from a folder by other processes during training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import count
 from ..images.archives import label_images, open_image
+from ..files import user_path
 from ..images.augmentation import Augmentation
 from .tasks import Predict, Task
 
@@ -33,39 +35,39 @@ _NORMALISATION = Augmentation([255 * value for value in MEAN], [255 * value for 
 
 
 class WorkerDied(RuntimeError):
-    """A process that decodes images is gone."""
+    """A process that decodes images has died."""
 
 
 class StreamedImages(Task):
     """Labelled images in folders ``train/class/file`` and ``val/class/file``, decoded when they are needed.
 
     Training images are cropped (8 to 100% of the area, aspect 3/4 to 4/3), resized and mirrored at random, as is usual for
-    ImageNet; what is drawn depends on seed, epoch and the image's index alone, not on batches or workers. Held-out images
+    ImageNet; the random draws depend only on seed, epoch and the image's index, not on batches or workers. Held-out images
     are resized to a shorter side of side * 256 / 224, and their centre is used. Evaluation gives loss, accuracy, error,
-    top1_error and top5_error (of 5 guesses, or as many as there are classes), all but the loss in %. Besides the list
-    of files, memory holds no more than 2 batches a worker and the one in use.
+    top1_error and top5_error (of 5 guesses, or of all classes if there are fewer), all but the loss in %. Besides the list
+    of files, memory holds at most 2 batches per worker and the one in use.
 
     Attributes:
         size: number of training images.
         classes: names, sorted; a label is an index into them.
-        source: "ImageNet" where the classes are 1,000 numbers of the form n01440764, else the folder's name.
+        source: "ImageNet" if the classes are 1,000 numbers of the form n01440764, else the folder's name.
         fingerprint: SHA-256 of the names and sizes of all files used; copies of a folder have the same.
 
     Args:
         path: the folder.
-        side: of the square images that the model gets, in pixels.
-        workers: processes that decode; 0: decode in this process; default: the number of cores less 1, at most 8.
-        held_out: "test", or "val", for which a folder "test" stands in where there is no "val"; None: no evaluation.
+        side: of the model's square input images, in pixels.
+        workers: processes that decode; 0: decode in this process; default: the number of cores minus 1, at most 8.
+        held_out: "test", or "val", for which a folder "test" is used if there is no "val"; None: no evaluation.
 
     Raises FileNotFoundError without the folder, ValueError without a split or without images of a class in it, TypeError
-    for a side or workers that are no whole numbers; while reading, ValueError for a damaged image and WorkerDied, a
-    RuntimeError, when a worker died.
+    for a side or workers that are not whole numbers; while reading, ValueError for a damaged image and WorkerDied, a
+    RuntimeError, when a worker died. Images that are left out, for their ending or their place, are counted in a warning.
     """
 
     def __init__(
         self, path: str | Path, side: int = 224, workers: int | None = None, held_out: str | None = "val"
     ) -> None:
-        self.path, self.device, self.workers = Path(path).expanduser(), torch.device("cpu"), _workers(workers)
+        self.path, self.device, self.workers = user_path(path), torch.device("cpu"), _workers(workers)
         if held_out not in ("val", "test", None):
             raise ValueError(f'held_out must be "val", "test" or None, got {held_out!r}')
         if not self.path.exists():
@@ -75,7 +77,9 @@ class StreamedImages(Task):
         if held_out == "val" and not (self.path / "val").is_dir() and (self.path / "test").is_dir():
             held_out = "test"
         splits = [split for split in ("train", held_out) if split]
-        self.classes, found = label_images(self.path, splits, splits)
+        self.classes, found, left_out = label_images(self.path, splits, splits)
+        if left_out:
+            warnings.warn(left_out, stacklevel=2)
         images = {name: label for split in splits for name, label in found[split].items()}
         names, labels = np.array([os.fsencode(name) for name in images]), np.array(list(images.values()))
         self._reader = _Reader(self.path, names, labels, count("side", side))
@@ -105,11 +109,11 @@ class StreamedImages(Task):
         return F.cross_entropy(outputs, targets)
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
-        held_out = torch.arange(self.size, len(self._reader.labels))
+        held_out = torch.arange(self.size, len(self._reader.labels), device="cpu")
         if not len(held_out):
             return {}
         guesses = min(5, len(self.classes))
-        sums = torch.zeros(3, device=self.device)  # loss, right first guesses, right guesses
+        sums = torch.zeros(3, device=self.device, dtype=torch.float32)  # loss, right first guesses, right guesses
         for images, labels in self._stream(self._reader, held_out.split(128)):
             logits = predict(images)
             hits = logits.topk(guesses).indices == labels[:, None]  # (N, guesses)
@@ -126,7 +130,7 @@ class StreamedImages(Task):
             sampler=(indices.tolist() for indices in order),  # type: ignore[arg-type]
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # so that nothing is drawn from the one that dropout uses
+            generator=torch.Generator("cpu"),  # so that nothing is drawn from the one that dropout uses
         )
         try:
             for found in loader:
@@ -210,7 +214,7 @@ def _workers(given: int | None) -> int:
 
 @contextlib.contextmanager
 def _deaths_kept() -> Iterator[None]:
-    """Raise a worker's death with the next batch; PyTorch's signal handler would raise it amid the caller's code."""
+    """Raise a worker's death with the next batch; PyTorch's signal handler would raise it inside the caller's code."""
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield

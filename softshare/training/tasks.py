@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,10 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Task(ABC):
-    """Examples, their loss and an evaluation; what other kinds of data derive from.
+    """Examples, their loss and an evaluation; the base class for other kinds of data.
 
     Attributes:
-        size: number of training examples of an epoch.
+        size: number of training examples per epoch.
     """
 
     size: int
@@ -30,16 +31,20 @@ class Task(ABC):
         return self
 
     def at(self, epoch: int) -> Task:
-        """The task of an epoch (from 1); another one where the data changes over training."""
+        """The task of an epoch (from 1); overridden where the data changes during training."""
         return self
 
     def identity(self) -> str:
-        """What tells these training examples, and what is done to them, from others; "" where nothing does."""
+        """A text that differs for other training examples or other augmentation; "" where the task cannot tell.
+
+        A run resumes only from checkpoints with the same identity. Without one it cannot notice that the data have changed,
+        and warns when it resumes.
+        """
         return str(getattr(self, "fingerprint", ""))
 
     @abstractmethod
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some training examples; the same for seed, epoch and index whatever the batch."""
+        """Inputs and targets of some training examples; they depend on seed, epoch and index, not on the batch."""
 
     def batches(self, order: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, each given by the indices of its examples, in turn."""
@@ -48,10 +53,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over a batch, a scalar."""
+        """The mean loss over a batch, a scalar; `outputs` are in float32, or float64 from a float64 model."""
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
-        """Metrics on held-out examples, given a function from inputs to float32 outputs; {} where none are held out."""
+        """Metrics on held-out examples, given a function from inputs to float32 outputs; {} if none are held out."""
         return {}
 
 
@@ -73,7 +78,7 @@ class Classification(Task):
         self.images, self.labels = train.images, train.labels
         self.held_out = None if held_out is None else (held_out.images, held_out.labels)
         self.size, self.fingerprint = len(train.labels), train.fingerprint
-        self._drawn: tuple[tuple[int, int], Tensor] | None = None
+        self._drawn: tuple[Any, Tensor] | None = None  # of the latest epoch, with all that they depend on
 
     def to(self, device: torch.device) -> Classification:
         moved = object.__new__(Classification)
@@ -85,9 +90,10 @@ class Classification(Task):
         return moved
 
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        if self._drawn is None or self._drawn[0] != (seed, epoch):
-            draws = self.augmentation.draw(self.size, seed, epoch, self.images.shape[-1]).to(self.images.device)
-            self._drawn = (seed, epoch), draws
+        key = (seed, epoch, self.augmentation, self.images.shape, self.images.device)
+        if self._drawn is None or self._drawn[0] != key:
+            draws = self.augmentation.draw(len(self.images), seed, epoch, self.images.shape[-1])
+            self._drawn = key, draws.to(self.images.device)
         return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
 
     def identity(self) -> str:
@@ -100,7 +106,7 @@ class Classification(Task):
         if self.held_out is None:
             return {}
         images, labels = self.held_out
-        loss, right = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+        loss, right = (torch.zeros((), device=images.device, dtype=torch.float32) for _ in range(2))
         for some, chunk in zip(images.split(500), labels.split(500), strict=True):
             logits = predict(self.augmentation.normalise(some))
             loss += F.cross_entropy(logits, chunk, reduction="sum")
@@ -110,7 +116,7 @@ class Classification(Task):
 
 
 class ShortestPaths(Task):
-    """Grids and their path pixels; binary cross-entropy a pixel; evaluation gives the loss and the scores of
+    """Grids and their path pixels; binary cross-entropy per pixel; evaluation gives the loss and the scores of
     `softshare.shortest_path.scores_beside_the_rule`.
 
     Args:
@@ -126,28 +132,30 @@ class ShortestPaths(Task):
         return ShortestPaths(Grids(*(t.to(device) for t in self.train)), held_out)
 
     def identity(self) -> str:
-        return hashlib.sha256(self.train.inputs.cpu().numpy()).hexdigest()  # type: ignore[arg-type]
+        digest = hashlib.sha256(self.train.inputs.cpu().numpy())  # type: ignore[arg-type]
+        digest.update(self.train.targets.cpu().numpy())  # type: ignore[arg-type]
+        return digest.hexdigest()
 
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         return self.train.inputs[indices].float(), self.train.targets[indices].float()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(outputs, targets)
+        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
         if self.held_out is None:
             return {}
         logits = torch.cat([predict(inputs.float()) for inputs in self.held_out.inputs.split(250)])
-        loss = F.binary_cross_entropy_with_logits(logits, self.held_out.targets.float())
+        loss = F.binary_cross_entropy_with_logits(logits, self.held_out.targets.to(logits.dtype))
         return {"loss": float(loss), **scores_beside_the_rule(logits > 0, self.held_out)}
 
 
 class Curriculum(Task):
-    """`ShortestPaths` tasks in turn, each for the same number of epochs; the last one stays.
+    """`ShortestPaths` tasks in turn, each for the same number of epochs; the last one remains.
 
     Args:
         phases: tasks of equal size.
-        epochs: epochs a phase.
+        epochs: epochs per phase.
 
     Raises ValueError without phases or with phases of different sizes.
     """

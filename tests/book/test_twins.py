@@ -107,7 +107,7 @@ def test_the_first_cell_installs_only_what_is_missing_and_says_so_if_it_cannot(t
         cell = json.loads(path.read_text(encoding="utf8"))["cells"][0]
         assert cell["cell_type"] == "code"
         code = compile(TransformerManager().transform_cell("".join(cell["source"])), path.name, "exec")
-        fails = pytest.raises(RuntimeError, match="softshare was not installed: pip says above why")
+        fails = pytest.raises(RuntimeError, match="softshare was not installed: see the pip output above")
         with fails if state.endswith("fails") else contextlib.nullcontext():
             exec(code, {"get_ipython": lambda: shell})
         assert calls == ([] if state == "installed" else ["install"])

@@ -69,5 +69,5 @@ def test_snapshots_that_do_not_match_are_refused(runs):
     deeper = SimilarityRecorder()
     for step in range(4):
         deeper.record(models.swrn(28, 1), step)
-    with pytest.raises(ValueError, match="the same groups with as many layers"):
+    with pytest.raises(ValueError, match="the same groups with equal numbers of layers"):
         pictures.evolution(runs | {"deeper": deeper})

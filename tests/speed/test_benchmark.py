@@ -395,7 +395,7 @@ def test_wrong_arguments_end_in_a_message(arguments, capsys, monkeypatch):
     [
         (("format",), "softshare benchmark 1", "format"),
         (("memory",), None, "'memory' is missing"),
-        (("threads",), "1", "'threads' is missing or no int"),
+        (("threads",), "1", "'threads' is missing or not of type int"),
         (("steps", "seconds"), [], "'steps' has no lists"),
         (("steps", "seconds", "ours"), [1.0], "'ours' in 'steps'"),
         (("rounds",), 3, "'ours' in 'steps'"),

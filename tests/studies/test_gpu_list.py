@@ -195,9 +195,9 @@ def test_a_run_over_its_limit_is_stopped(forever, tmp_path):
     outcomes = gpu_list.side_by_side(forever, Places(runs=tmp_path, checkpoints=tmp_path), 2, 2.0)
     assert time.monotonic() - started < 10
     assert [outcome.split(":")[0] for _, outcome in outcomes] == [
-        "stopped at its limit; the same command goes on with it",
-        "stopped at its limit; the same command goes on with it",
-        "not begun",
+        "stopped at its limit; the same command resumes it",
+        "stopped at its limit; the same command resumes it",
+        "not started",
     ]
 
 
@@ -221,5 +221,5 @@ def test_a_rehearsal_executes_every_step_and_a_second_one_finds_all(tmp_path):
     assert json.loads((tmp_path / "runs" / "benchmarks" / "benchmark.json").read_text())["quick"] is True
     before = {record.path: record.path.stat().st_mtime_ns for record in found}
     second = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert second.returncode == 0 and "has its record" in second.stdout and "passed over" not in second.stdout
+    assert second.returncode == 0 and "has its record" in second.stdout and "skipped" not in second.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -59,7 +59,7 @@ def test_snapshots_of_another_run_are_refused(trained, tmp_path):
     other = softshare.SimilarityRecorder()
     other.record(models.swrn(16, 1), 0)
     other.save(tmp_path / "x.npz")
-    with pytest.raises(ValueError, match="its checksum is another"):
+    with pytest.raises(ValueError, match="its checksum is different"):
         found.similarity()
 
 
@@ -72,7 +72,7 @@ def test_snapshots_of_another_run_are_refused(trained, tmp_path):
         (lambda fields: fields.update(version=2), "changed by hand"),
         (lambda fields: fields["data"].update(fingerprint="x"), "changed by hand"),
         (lambda fields: fields.pop("metrics"), "'metrics' is missing"),
-        (lambda fields: fields.update(history={}), "'history' is missing or no list"),
+        (lambda fields: fields.update(history={}), "'history' is missing or not of type list"),
         (lambda fields: fields.update(format="other"), "not a record of format"),
         (lambda fields: fields.update(profile="huge"), "unknown profile"),
         (lambda fields: fields["metrics"].update(accuracy=99.9), "changed by hand"),

@@ -95,7 +95,7 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     )
     stranger.unlink()
     good.unlink()
-    with pytest.warns(UserWarning), pytest.raises(ForeignCheckpoint, match="a folder of its own"):
+    with pytest.warns(UserWarning), pytest.raises(ForeignCheckpoint, match="its own folder"):
         newest_checkpoint(tmp_path, RUN)
     with pytest.raises(ForeignCheckpoint, match="names are like"):
         read_checkpoint(tmp_path / "notes.txt")
@@ -310,7 +310,7 @@ def test_another_precision_takes_a_checkpoint_up_and_says_so(task, tmp_path):
     net = models.swrn(16, 1)
     stopped(net, task, settings[0], tmp_path, after=1)
     with pytest.warns(
-        UserWarning, match="written in float32, and training goes on in bfloat16: the outcome is that of"
+        UserWarning, match="written in float32, and training resumes in bfloat16: the outcome is that of"
     ):
         stopped(models.swrn(16, 1), task, settings[1], tmp_path, after=3)
     with warnings.catch_warnings():
@@ -400,7 +400,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(task, tiny_disk):
             room = os.statvfs(tiny_disk)
             (tiny_disk / "others").write_bytes(bytes(room.f_bavail * room.f_bsize - 300_000))
 
-    with pytest.warns(UserWarning, match="no checkpoint could be written .*No space left.*training goes on"):
+    with pytest.warns(UserWarning, match="no checkpoint could be written .*No space left.*training continues"):
         history = fit(net, task, settings, [fill], "cpu", progress=False, checkpoints=tiny_disk, checkpoint_seconds=0)
     assert len(history) == 2 and not list(tiny_disk.glob("*.part"))
     kept = [path for path in tiny_disk.iterdir() if path.suffix == ".safetensors"]

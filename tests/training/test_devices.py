@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_a_gpu_that_is_not_there_is_named(task, small_net):
     with pytest.raises(RuntimeError, match="no CUDA GPU"):
         fit(small_net(), task, Settings(epochs=1), device="cuda", progress=False)
-    with pytest.raises(NoSuchDevice, match="'cuda:1' was asked for"):
+    with pytest.raises(NoSuchDevice, match="'cuda:1' was requested"):
         pick_device("cuda:1")
 
 

@@ -140,6 +140,6 @@ def test_all_processes_use_the_compiled_model_or_none(agreed):
     assert [found["runs"] for found in failed] == [[13], []]
     assert failed[0]["said"] == ["torch.compile failed in another process, so no process uses it"]
     assert failed[1]["said"] == [
-        "torch.compile failed (RuntimeError: no compiler here); training goes on without it, slower"
+        "torch.compile failed (RuntimeError: no compiler here); training continues without it, more slowly"
     ]
     assert len({found["weights"] for found in (first, second, *failed)}) == 1

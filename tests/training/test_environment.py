@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 import warnings
 
@@ -44,6 +45,7 @@ def checkout(tmp_path, monkeypatch):
     top = tmp_path / "top"
     (top / "softshare").mkdir(parents=True)
     (top / "pyproject.toml").write_text('[project]\nname = "softshare"\n')
+    (top / "data" / "paper").mkdir(parents=True)
     (top / "softshare" / "__init__.py").write_text("")
     monkeypatch.setattr(files, "_PACKAGE", top / "softshare")
     monkeypatch.delenv(REVISION, raising=False)
@@ -86,6 +88,13 @@ def test_where_there_is_no_git_the_environment_names_the_revision(checkout, monk
         monkeypatch.setenv(REVISION, given)
     found = environment()
     assert found["revision"] == revision and found["dirty"] is dirty
+
+
+@pytest.mark.parametrize("given", ["v1.0", "abc", "abc123-dirty", "+changes"])
+def test_a_revision_that_is_no_commit_is_refused_before_a_run(checkout, monkeypatch, given):
+    monkeypatch.setenv(REVISION, given)
+    with pytest.raises(ValueError, match=f"SOFTSHARE_REVISION must be a commit, .* got '{re.escape(given)}'"):
+        environment()
 
 
 def test_git_knows_better_than_the_environment(checkout, monkeypatch):
@@ -154,7 +163,7 @@ def test_earlier_processes_are_told_in_their_order():
 @pytest.mark.parametrize("precisions", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_another_precision_than_that_of_the_last_process_is_warned_of(precisions):
     first, second = map(execution, precisions)
-    said = f"the checkpoint was written in {precisions[0]}, and training goes on in {precisions[1]}"
+    said = f"the checkpoint was written in {precisions[0]}, and training resumes in {precisions[1]}"
     with pytest.warns(UserWarning, match=said):
         second.follow(first.states())
     third = execution(precisions[1])

@@ -1,0 +1,285 @@
+"""Models that nobody here has seen: what is left alone, refused or warned of, and whether the reason is named."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import softshare
+from softshare import banks, decay_groups, share_, unshare
+from softshare.precautions import overlapping_weights
+
+
+def stack(layers=4, bias=True, size=8):
+    return nn.Sequential(*(nn.Linear(size, size, bias=bias) for _ in range(layers)))
+
+
+# --------------------------------------------------------------------------------------------------------------- freezing
+
+
+def freeze(module):
+    for parameter in module.parameters():
+        parameter.requires_grad = False
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_freezing_the_layer_that_registers_the_bank_is_warned_of(bias):
+    """It freezes the weights of all four layers."""
+    model = nn.Sequential(*(nn.Sequential(layer, nn.LayerNorm(8)) for layer in stack(bias=bias)))
+    share_(model, 2)
+    freeze(model[0][0])
+    with pytest.warns(UserWarning, match="the bank 'Linear 8x8' is frozen, .*all layers .*: 0.0, 1.0, 2.0, 3.0. To"):
+        decay_groups(model, 0.1)
+
+
+def test_freezing_another_layer_is_warned_of():
+    """It freezes a bias and nothing else."""
+    model = stack()
+    share_(model, 2)
+    freeze(model[3])
+    with pytest.warns(UserWarning, match="only the biases of 3 are frozen: .*bank 'Linear 8x8' and keep learning"):
+        decay_groups(model, 0.1)
+    folded = softshare.fold(model, 1.0)
+    with pytest.warns(UserWarning, match="only the biases of 3"):
+        decay_groups(folded, 0.1)
+
+
+def whole_model(model):
+    freeze(model)
+
+
+def group(model):
+    banks(model)["Linear 8x8"].requires_grad_(False)
+
+
+def all_but_the_coefficients(model):
+    model.requires_grad_(False)
+    for bank in banks(model).values():
+        bank.coefficients.requires_grad_(True)
+
+
+def templates(model):
+    banks(model)["Linear 8x8"].templates.requires_grad_(False)
+
+
+def biases(model):
+    for layer in model:
+        layer.bias.requires_grad_(False)
+
+
+@pytest.mark.parametrize("way", [whole_model, group, all_but_the_coefficients, templates, biases, lambda model: None])
+def test_the_documented_ways_to_freeze_do_what_they_say_without_a_warning(way):
+    model = stack()
+    share_(model, 2)
+    way(model)
+    before = [layer.weight.detach().clone() for layer in model]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = decay_groups(model, 0.0)
+    if way is whole_model:
+        return
+    model(torch.randn(3, 8)).square().sum().backward()
+    torch.optim.SGD(groups, lr=0.1).step()
+    moved = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
+    assert moved == [way is not group] * 4
+
+
+def test_one_layer_is_frozen_before_sharing_and_stays_as_it_was():
+    model = stack()
+    model[1].weight.requires_grad_(False)
+    old = model[1].weight.clone()
+    with pytest.warns(UserWarning, match=r"alone: 1 \(frozen\)"):
+        (bank,) = share_(model, 2).values()
+    assert bank.num_layers == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = torch.optim.SGD(decay_groups(model, 0.1), lr=0.1)
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model[1].weight, old)
+
+
+def test_a_copy_and_a_frozen_fold_remember_the_purpose():
+    import copy
+
+    model = stack()
+    share_(model, 2)
+    group(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (copy.deepcopy(model), softshare.fold(model, 0.1)):
+            decay_groups(each, 0.1)
+    banks(model)["Linear 8x8"].requires_grad_(True)
+    freeze(model[0])
+    with pytest.warns(UserWarning, match="is frozen"):
+        decay_groups(model, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------- what is left alone
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_layers_are_left_alone_by_name(dtype):
+    model = nn.ModuleList([stack(2), stack(2).to(dtype)])
+    before = model[1][0].weight
+    with pytest.warns(UserWarning, match=r"1.0 \(its weight is of dtype complex\d+\), 1.1 \("):
+        (bank,) = share_(model, 2).values()
+    assert bank.num_layers == 2 and model[1][0].weight is before
+    with pytest.raises(TypeError, match="floating-point one, got torch.complex64"):
+        softshare.TemplateBank(2, 2, (3, 3), dtype=torch.complex64)
+
+
+def test_weights_that_share_memory_are_left_alone_and_stay_tied():
+    encoder, decoder = stack(3), nn.Linear(8, 8)
+    decoder.weight = nn.Parameter(encoder[0].weight.t())
+    model = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    with pytest.warns(UserWarning, match=r"encoder.0 \(its weight shares memory with another parameter\), decoder \("):
+        (bank,) = share_(model, 2).values()
+    assert bank.num_layers == 2 and torch.equal(decoder.weight, encoder[0].weight.t())
+
+
+def test_weights_side_by_side_in_one_buffer_do_not_share_memory(recwarn):
+    """Parameters that are flattened into one vector, as some optimizers want them."""
+    model = stack(3)
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    assert model[0].weight.untyped_storage().data_ptr() == model[1].weight.untyped_storage().data_ptr()
+    assert overlapping_weights(model) == set()
+    assert next(iter(share_(model, 2).values())).num_layers == 3 and len(recwarn) == 0
+
+
+def test_overlaps_are_found_whatever_their_order():
+    memory = torch.randn(100)
+    model = nn.Module()
+    for name, start, size in (("a", 0, 50), ("b", 10, 5), ("c", 40, 20), ("d", 60, 40), ("lone", 0, 0)):
+        model.register_parameter(name, nn.Parameter(memory[start : start + size]))
+    found = overlapping_weights(model)
+    assert {name for name, p in model.named_parameters() if id(p) in found} == {"a", "b", "c"}
+    with torch.device("meta"):
+        assert overlapping_weights(stack(3)) == set(), "where nothing has an address"
+
+
+class Mine(nn.Linear):
+    plain_class = "mine too"
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.source, self.name, self.init = "mine", "a", "b"
+
+
+def test_attributes_of_a_layers_own_survive():
+    model = nn.Sequential(Mine(), Mine())
+    share_(model, 2)
+    for layer in (*model, *unshare(model)):
+        assert (layer.source, layer.name, layer.init, layer.plain_class) == ("mine", "a", "b", "mine too")
+
+
+# --------------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_parameter("weight", nn.Parameter(torch.zeros(8, 8))),
+        lambda layer: layer._parameters.__setitem__("weight", nn.Parameter(torch.zeros(8, 8))),
+        lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(8, 8))),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_of_its_own_is_refused_with_the_way_that_works(way):
+    model = stack(2)
+    share_(model, 2)
+    before = model(torch.ones(1, 8))
+    with pytest.raises((RuntimeError, AttributeError), match="mixed from its template bank .* softshare.unshare"):
+        way(model[1])
+    torch.testing.assert_close(model(torch.ones(1, 8)), before, msg="and nothing is broken")
+    plain = unshare(model)
+    way(plain[1])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_plain_weights_are_not_dropped_silently(strict):
+    plain, model = stack(3), stack(3)
+    share_(model, 2)
+    with pytest.raises(RuntimeError, match=r"2.weight is a plain weight, .*before share_\(..., init=\"svd\"\)"):
+        model.load_state_dict(plain.state_dict(), strict=strict)
+    model.load_state_dict(model.state_dict(), strict=strict)
+
+
+def test_reading_other_parameters_works_as_ever():
+    model = stack(2)
+    share_(model, 2)
+    parameters = model[0]._parameters
+    assert list(parameters) == ["bias"] and "weight" not in parameters and parameters.get("weight") is None
+    with pytest.raises(KeyError):
+        parameters["other"]
+    del parameters["bias"]
+    parameters["bias"] = nn.Parameter(torch.zeros(8))
+    assert model(torch.ones(1, 8)).shape == (1, 8)
+
+
+def test_what_is_made_under_inference_mode_learns_or_is_refused():
+    with torch.inference_mode():
+        model = stack(2)
+        with pytest.raises(ValueError, match="'0.weight' was made under torch.inference_mode"):
+            share_(model, 2)
+        with pytest.raises(ValueError, match="inference_mode"):
+            softshare.models.swrn(16, 1)
+    model = stack(2)
+    with torch.inference_mode():
+        share_(model, 2)
+        made = [model, unshare(model), softshare.fold(model, 0.1), softshare.fold(model, 1.0)]
+        bank = softshare.TemplateBank(2, 2, (3, 3))
+    bank().sum().backward()
+    for each in made:
+        each(torch.ones(1, 8)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in each.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: softshare.models.wrn(10, 1), lambda: softshare.models.gridnet(2, 4)])
+def test_networks_of_ours_can_be_traced_and_say_that_they_cannot_be_scripted(make):
+    model = make().eval()
+    channels = 2 if isinstance(model, softshare.models.grid.GridNet) else 3
+    x = torch.randn(2, channels, 16, 16)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+    with contextlib.suppress(ImportError):
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    with pytest.raises(RuntimeError, match="cannot be scripted; use torch.compile, torch.export"):
+        torch.jit.script(model)
+
+
+def test_features_of_a_traced_network_are_its_stages():
+    """What feature extractors do: cut the traced graph after a stage."""
+    model = unshare(softshare.models.swrn(16, 1)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    last = [node for node in traced.graph.nodes if node.op == "call_module" and str(node.target).startswith("stage2")][-1]
+    added = next(node for node in traced.graph.nodes if last in node.all_input_nodes)
+    traced.graph.erase_node(next(node for node in traced.graph.nodes if node.op == "output"))
+    traced.graph.output(added)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(traced(x), model.stage2(model.stage1(model.stem(x))))
+
+
+def test_a_head_that_somebody_replaced_is_called():
+    model = softshare.models.wrn(10, 1).eval()
+    model.classifier = nn.Identity()
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 64)
+
+
+def test_a_shared_model_says_that_it_cannot_be_scripted():
+    model = stack(2)
+    share_(model, 2)
+    with pytest.raises(RuntimeError, match="softly shared model cannot be scripted.*softshare.unshare"):
+        torch.jit.script(model)
+    torch.jit.script(unshare(model))
