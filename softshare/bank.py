@@ -27,7 +27,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which a device's autocast, if it has one, is off; the meta device and the tracer of torch.fx have none."""
+    """A context in which a device's autocast is off, if it has one; the meta device and torch.fx's tracer have none."""
     none = isinstance(device, torch.fx.Proxy) or device.type == "meta"
     return nullcontext() if none else torch.autocast(device.type, enabled=False)
 

@@ -118,7 +118,9 @@ def _duration(seconds: float) -> str:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    print("Estimated time by profile, on one CPU thread / on one GPU like a T4. The CPU's is from a measured speed, the GPU's")
+    print(
+        "Estimated time by profile, on one CPU thread / on one GPU like a T4. The CPU's is from a measured speed, the GPU's"
+    )
     print("from an assumed one, not measured. * is dropout 0.3. Small profiles have narrower networks.\n")
     print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():

@@ -166,8 +166,8 @@ class FoldPlan:
                 raise ValueError(f'the text lacks "format": "{_FORMAT}"')
             if data.get("content") != content_checksum(data):
                 raise ValueError(
-                    "its content does not match its checksum, so it was edited by hand or damaged; softshare.tie makes a plan "
-                    "with clusters of your choice"
+                    "its content does not match its checksum, so it was edited by hand or damaged; softshare.tie makes "
+                    "a plan with clusters of your choice"
                 )
             groups = tuple(
                 GroupPlan(
@@ -252,7 +252,9 @@ def group_members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]
     """Banks with the paths of the layers that draw from them, in the order of their rows."""
     members: dict[str, tuple[TemplateBank, list[str]]] = {}
     for name, bank in banks(model).items():
-        rows = {layer.softshare_source[1]: path for path, layer in shared_layers(model) if layer.softshare_source[0] is bank}
+        rows = {
+            layer.softshare_source[1]: path for path, layer in shared_layers(model) if layer.softshare_source[0] is bank
+        }
         if rows and sorted(rows) == list(range(bank.num_layers)):
             members[name] = (bank, [rows[row] for row in range(bank.num_layers)])
     if not members:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,14 @@ class RefusesPlainWeights(nn.Module):
         super().register_parameter(name, param)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
         if f"{prefix}weight" in state_dict:  # an error with strict=False as well: the weight would be lost in silence
             errors.append(
@@ -71,7 +78,9 @@ class RefusesPlainWeights(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError("a softly shared model cannot be scripted; use torch.compile, torch.export, or softshare.unshare")
+        raise RuntimeError(
+            "a softly shared model cannot be scripted; use torch.compile, torch.export, or softshare.unshare"
+        )
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(DATA_PARALLEL)
@@ -81,9 +90,10 @@ def refuse_sharded(parameter: Tensor) -> None:
     """Raise RuntimeError for a bank's parameter of which this process holds only a part (a DTensor)."""
     if getattr(parameter, "placements", None) is not None:
         raise RuntimeError(
-            "a layer reads its weight from a template bank that is sharded over processes at this moment. With fully_shard on "
-            "each block, a bank is gathered only while the block that holds it runs; call fully_shard once, on the whole model, "
-            "or use DistributedDataParallel. Elsewhere than in the model's forward pass, gather the parameters first"
+            "a layer reads its weight from a template bank that is sharded over processes at this moment. With "
+            "fully_shard on each block, a bank is gathered only while the block that holds it runs; call fully_shard "
+            "once, on the whole model, or use DistributedDataParallel. Elsewhere than in the model's forward pass, gather "
+            "the parameters first"
         )
 
 
@@ -99,13 +109,15 @@ def refuse_inference(model: nn.Module) -> None:
 
 def overlapping_weights(model: nn.Module) -> set[int]:
     """The id of every parameter whose memory another parameter of the model uses too, as after ``a.weight = b.weight.T``."""
-    places: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # storage -> (first byte, byte after the last, id)
+    places: dict[int, list[tuple[int, int, int]]] = defaultdict(
+        list
+    )  # storage -> (first byte, byte after the last, id)
     for parameter in {id(parameter): parameter for parameter in model.parameters()}.values():
         lazy, sharded = isinstance(parameter, nn.UninitializedParameter), hasattr(parameter, "placements")
         if lazy or sharded or parameter.layout is not torch.strided or not parameter.numel():
             continue
-        reach = 1 + sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
-        first, width = parameter.storage_offset(), parameter.element_size()
+        reach = 1 + sum(int((size - 1) * step) for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+        first, width = int(parameter.storage_offset()), parameter.element_size()
         storage = parameter.untyped_storage()._cdata
         places[storage].append((first * width, (first + reach) * width, id(parameter)))
     found = set()
@@ -119,11 +131,15 @@ def overlapping_weights(model: nn.Module) -> set[int]:
     return found
 
 
-def reason_against(layer: nn.Module, holders: int, overlaps: bool) -> str | None:
-    """Why a layer's weight cannot come from a bank; None if it can.
+def tied_weights(model: nn.Module) -> dict[int, str]:
+    """The id of every parameter that is tied to another place of the model, with the reason."""
+    holders = Counter(id(weight) for module in model.modules() for weight in set(module._parameters.values()))
+    found = dict.fromkeys(overlapping_weights(model), "its weight shares memory with another parameter")
+    return found | {number: "another module holds the same weight" for number, n in holders.items() if n > 1}
 
-    `holders` is how many modules hold its weight, `overlaps` whether its memory belongs to another parameter too.
-    """
+
+def reason_against(layer: nn.Module, tied: Mapping[int, str]) -> str | None:
+    """Why a layer's weight cannot come from a bank; None if it can. `tied` is from `tied_weights`."""
     weight = layer._parameters.get("weight")
     if isinstance(layer, LazyModuleMixin):
         return "lazy: run the model once first"
@@ -139,11 +155,7 @@ def reason_against(layer: nn.Module, holders: int, overlaps: bool) -> str | None
         return "frozen"
     if hasattr(layer, "bank"):
         return "it has an attribute named bank already"
-    if holders > 1:
-        return "another module holds the same weight"
-    if overlaps:
-        return "its weight shares memory with another parameter"
-    return None
+    return tied.get(id(weight))
 
 
 @functools.cache
@@ -177,8 +189,8 @@ def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequenc
         frozen = [name for name, mine in own.items() if mine and not any(p.requires_grad for p in mine)]
         if frozen and any(p.requires_grad for mine in own.values() for p in mine):
             warnings.warn(
-                f"only the biases of {', '.join(frozen)} are frozen: their weights are mixed from the bank {bank!r} and keep "
-                "learning. To freeze a single layer, freeze it before share_, which leaves frozen layers alone",
+                f"only the biases of {', '.join(frozen)} are frozen: their weights are mixed from the bank {bank!r} and "
+                "keep learning. To freeze a single layer, freeze it before share_, which leaves frozen layers alone",
                 stacklevel=3,
             )
     elif not getattr(source, "frozen_on_purpose", False):
@@ -188,8 +200,8 @@ def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequenc
         ]
         if any(parameter.requires_grad for parameter in beside):
             warnings.warn(
-                f"the bank {bank!r} is frozen, and with it the weights of all layers that draw from it: {', '.join(own)}. To "
-                "freeze a single layer, freeze it before share_, which leaves frozen layers alone; to freeze the group "
-                f"without this warning, call softshare.banks(model)[{bank!r}].requires_grad_(False)",
+                f"the bank {bank!r} is frozen, and with it the weights of all layers that draw from it: "
+                f"{', '.join(own)}. To freeze a single layer, freeze it before share_, which leaves frozen layers alone; to "
+                f"freeze the group without this warning, call softshare.banks(model)[{bank!r}].requires_grad_(False)",
                 stacklevel=3,
             )

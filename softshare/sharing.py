@@ -25,9 +25,9 @@ from .precautions import (
     RefusesPlainWeights,
     WithoutWeight,
     guard_data_parallel,
-    overlapping_weights,
     reason_against,
     refuse_inference,
+    tied_weights,
     warn_of_partial_freezing,
 )
 
@@ -62,10 +62,9 @@ class SharedLayer(RefusesPlainWeights):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time; copies and pickles make it again from the plain one.
-        plain: Any = self.softshare_plain_class
-        custom = getattr(plain, "__getstate__", None)
+        custom: Any = getattr(self.softshare_plain_class, "__getstate__", None)
         usual = custom is None or custom is getattr(object, "__getstate__", None)
-        return _empty_layer, (plain,), self.__dict__ if usual else custom(self)
+        return _empty_layer, (self.softshare_plain_class,), self.__dict__ if usual else custom(self)
 
     def extra_repr(self) -> str:
         module, index = self.softshare_source
@@ -209,8 +208,7 @@ def _groups(
     model: nn.Module, select: Callable[[str, nn.Module], Hashable | None] | None
 ) -> tuple[list[tuple[str, list[nn.Module]]], dict[str, str]]:
     """Groups of at least two layers with their names, and the layers left alone with the reason for each."""
-    holders = Counter(id(weight) for module in model.modules() for weight in set(module._parameters.values()))
-    overlaps = overlapping_weights(model)
+    tied = tied_weights(model)
     grouped: dict[Hashable, list[nn.Module]] = {}
     left_alone = {}
     for name, layer in model.named_modules():
@@ -223,8 +221,7 @@ def _groups(
                 continue
             if not isinstance(key, Hashable):
                 raise TypeError(f"select must return something hashable, such as a string, got {key!r} for {name!r}")
-        number = id(layer._parameters.get("weight"))
-        if reason := reason_against(layer, holders[number], number in overlaps):
+        if reason := reason_against(layer, tied):
             left_alone[name or type(layer).__name__] = reason
             continue
         grouped.setdefault(key, []).append(layer)

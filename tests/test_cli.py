@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import softshare
 from softshare import cli, models
-from softshare.studies import RECIPES, find_records
+from softshare.studies import RECIPES, find_records, make_plan, study_of, write_record
 
 
 def test_the_list_names_every_recipe_and_its_cost(capsys):
@@ -83,6 +86,75 @@ def test_run_fold_and_report_from_the_command_line(tmp_path, capsys):
     assert "2 records in" in told and "ResNeXt-29 16x64" in told and "rectangle rule" in told
     (line,) = (line for line in told.splitlines() if line.startswith("SCNN  "))
     assert "not run" in line and "fast" not in line  # a run of profile fast fills no cell
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """A folder with the record and checkpoints of a run at toy sizes."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    assert cli.main(["run", "SCNN", "--rehearse", "--quiet", "--runs", str(folder), "--checkpoints", str(folder)]) == 0
+    return folder
+
+
+def fold_of(folder, *arguments):
+    places = ["--runs", str(folder), "--checkpoints", str(folder)]
+    return cli.main(["fold", "SCNN", "--rehearse", *places, *arguments])
+
+
+def test_every_path_option_knows_the_home_folder(rehearsed, monkeypatch, tmp_path, capsys):
+    """As ``--output=~/x``, where no shell puts in the folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["run", "SCNN", "--rehearse", "--quiet", "--runs=~/r", "--checkpoints=~/c"]) == 0
+    assert cli.main(["fold", "SCNN", "--rehearse", "--runs=~/r", "--checkpoints=~/c", "--output=~/o/fold-0.9"]) == 0
+    assert cli.main(["report", "--runs=~/r"]) == 0
+    assert "2 records in" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "o", "r"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["fold-0.9.json", "fold-0.9.safetensors"]
+
+
+def test_plan_and_weights_belong_together_and_a_full_disk_is_one_line(rehearsed, monkeypatch, tmp_path, capsys):
+    assert fold_of(rehearsed, "--output", str(tmp_path / "f")) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert file.metadata()["plan"] == hashlib.sha256(before["f.json"]).hexdigest()
+    write = cli.write_together
+
+    def full(contents):
+        monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        write(contents)
+
+    monkeypatch.setattr(cli, "write_together", full)
+    capsys.readouterr()
+    assert fold_of(rehearsed, "--threshold", "0.2", "--output", str(tmp_path / "f")) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("softshare fold: ") and "No space left on device" in error and len(error.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437"])
+def test_every_command_works_where_the_terminal_is_not_utf_8(rehearsed, tmp_path, encoding):
+    folder = tmp_path / "\N{LATIN SMALL LETTER U WITH DIAERESIS}\u4e2d"
+    shutil.copytree(rehearsed, folder)
+    for seed, error in ((0, 5.0), (1, 6.0)):  # two runs, so that a spread is shown
+        plan = make_plan("WRN 28-10*", "paper", seed)
+        data = {"source": "CIFAR-10", "fingerprint": "x"}
+        config = plan.config() | {"sizes": {"train": 50_000, "test": 10_000}}
+        identity = study_of(plan).identity(plan, "x")
+        write_record(identity, {"error": error}, data=data, config=config, runs=folder)
+    places = ["--runs", str(folder), "--checkpoints", str(folder)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    for command in (
+        ["list"],
+        ["report", *places[:2]],
+        ["run", "SCNN", "--rehearse", *places],
+        ["fold", "SCNN", "--rehearse", *places],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "softshare", *command], capture_output=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        if command[0] == "report":
+            assert b"5.50 \\N{PLUS-MINUS SIGN} 0.71 (2 runs" in done.stdout or encoding == "cp437"
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")

@@ -40,7 +40,9 @@ def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch
     fsync = os.fsync
 
     def full(number):
-        if os.readlink(f"/proc/self/fd/{number}").endswith(".part") and "weights" in os.readlink(f"/proc/self/fd/{number}"):
+        if os.readlink(f"/proc/self/fd/{number}").endswith(".part") and "weights" in os.readlink(
+            f"/proc/self/fd/{number}"
+        ):
             raise OSError(28, "No space left on device")
         fsync(number)
 

@@ -16,6 +16,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
 from softshare import FoldPlan, banks, fold, layer_similarity, models, plan_fold, share_, tie, unshare
+from softshare.files import content_checksum
 
 
 def angles(*degrees):
@@ -214,7 +215,7 @@ def test_a_plan_goes_to_json_and_back(seed, threshold):
 def edited(change):
     plan = json.loads(tie(models.gridnet(layers=4, width=1, templates=2), {"layers": [(1, 2)]}).to_json())
     change(plan["groups"][0])
-    return json.dumps(plan)
+    return json.dumps(plan | {"content": content_checksum(plan)})  # a wrong plan with a right checksum
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,27 @@ def edited(change):
 def test_text_that_is_no_plan(text):
     with pytest.raises(ValueError, match="not a fold plan"):
         FoldPlan.from_json(text)
+
+
+@given(st.data())
+def test_a_plan_that_was_edited_by_hand_says_so(data):
+    """One changed digit, wherever it is."""
+    torch.manual_seed(0)
+    text = tie(models.gridnet(layers=4, width=1, templates=2), {"layers": [(1, 3), (2, 4)]}).to_json()
+    digits = [place for place, letter in enumerate(text) if letter in "123456789"]
+    place = data.draw(st.sampled_from(digits))
+    changed = text[:place] + str(int(text[place]) % 9 + 1) + text[place + 1 :]
+    assume(json.loads(changed) != json.loads(text))  # the last digit of a number may not matter
+    with pytest.raises(ValueError, match='edited by hand or damaged; softshare.tie makes a plan|lacks "format"'):
+        FoldPlan.from_json(changed)
+
+
+def test_a_plan_without_its_checksum_is_refused():
+    fields = json.loads(tie(models.gridnet(4, 1, 2), {}).to_json())
+    assert FoldPlan.from_json(json.dumps(fields)).total_layers == 4, "how it is spaced does not matter"
+    del fields["content"]
+    with pytest.raises(ValueError, match="edited by hand"):
+        FoldPlan.from_json(json.dumps(fields))
 
 
 @pytest.mark.parametrize("clusters", [[(0, 1)], [(1, 7)], [(1, 2), (2, 3)], [(1, 1)]])

@@ -261,7 +261,9 @@ def test_features_of_a_traced_network_are_its_stages():
     """What feature extractors do: cut the traced graph after a stage."""
     model = unshare(softshare.models.swrn(16, 1)).eval()
     traced = torch.fx.symbolic_trace(model)
-    last = [node for node in traced.graph.nodes if node.op == "call_module" and str(node.target).startswith("stage2")][-1]
+    last = [node for node in traced.graph.nodes if node.op == "call_module" and str(node.target).startswith("stage2")][
+        -1
+    ]
     added = next(node for node in traced.graph.nodes if last in node.all_input_nodes)
     traced.graph.erase_node(next(node for node in traced.graph.nodes if node.op == "output"))
     traced.graph.output(added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -79,19 +80,18 @@ def label_images(
     return tuple(classes), labels, left_out
 
 
-def first_class(path: Path, splits: Collection[str]) -> str | None:
-    """The first class that the first thousand entries of an archive show; None if none do, or it cannot be read.
+def first_classes(path: Path, splits: Collection[str]) -> set[str]:
+    """The classes that the first thousand entries of an archive show; none if it cannot be read.
 
-    It tells what an archive is likely to be without reading all of it; nothing is verified yet.
+    They tell what an archive is likely to be without reading all of it; nothing is verified yet.
     """
-    try:
+    shown = set()
+    with contextlib.suppress(Exception):  # of many kinds; reading it in full will say what is wrong
         for name, _ in itertools.islice(_members(path), 1000):
             place = _place(name, splits)
             if place and (name.endswith("/") or len(place) > 3):
-                return place[2]
-    except Exception:  # of many kinds; whoever reads it in full will say so
-        return None
-    return None
+                shown.add(place[2])
+    return shown
 
 
 def _place(name: str, splits: Collection[str]) -> tuple[str, ...] | None:
@@ -110,11 +110,17 @@ def _archive_names(path: Path) -> Iterator[tuple[str, bool]]:
 
 def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bool]]:
     """The same of everything in the splits of an image folder, those at its root or, without any, one folder deeper."""
-    tops = [""] if any((path / split).is_dir() for split in splits) else [f"{e.name}/" for e in _entries(path) if e.is_dir()]
+    tops = (
+        [""]
+        if any((path / split).is_dir() for split in splits)
+        else [f"{e.name}/" for e in _entries(path) if e.is_dir()]
+    )
     absent: list[str] = []
 
     def below(folder: str) -> Iterator[tuple[str, bool]]:
         for entry in _entries(path / folder):
+            if entry.name.startswith("."):
+                continue
             name, is_folder = f"{folder}/{entry.name}", entry.is_dir()
             yield name, is_folder
             if is_folder:
@@ -126,8 +132,8 @@ def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bo
         yield from below(folder)
     if absent:
         raise ValueError(
-            f"{path}: {len(absent)} images are links to files that are not there, such as {absent[0]}; fetch the files, or delete "
-            "the links"
+            f"{path}: {len(absent)} images are links to files that are not there, such as {absent[0]}; fetch the files, "
+            "or delete the links"
         )
 
 
@@ -141,7 +147,8 @@ def _told(names: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in names:
         ending = PurePosixPath(name).suffix
-        kinds[f"*{ending}" if ending.lower() not in ENDINGS else "in another place"].append(name)
+        kind = "in another place" if ending.lower() in ENDINGS else f"*{ending}" if ending else "without an ending"
+        kinds[kind].append(name)
     listed = "; ".join(f"{len(each)} {kind}, such as {each[0]}" for kind, each in sorted(kinds.items()))
     number = f"{len(names)} files are" if len(names) > 1 else "1 file is"
     return f"{number} left out ({listed}); images are read from <split>/<class>/<file> with the endings {' '.join(ENDINGS)}"
@@ -235,7 +242,7 @@ def _verify_listed(path: Path) -> None:
 
 
 def content_key(path: Path, names: Collection[str] = ()) -> str:
-    """What a decoded copy is found by: an archive's content, or names, sizes, times and places on the disk of a folder's files.
+    """What a decoded copy is found by: an archive's content; of a folder's files, names, sizes, times and disk places.
 
     What decodes is part of it too: another version of Pillow may give other pixels. Raises OSError for a file that is gone.
     """

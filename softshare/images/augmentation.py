@@ -52,7 +52,9 @@ class Augmentation:
         """
         generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
         numbers = (2, 2 * self.pad + 1, 2 * self.pad + 1, side, side)
-        drawn = [torch.randint(number, (n,), generator=generator, device="cpu", dtype=torch.int64) for number in numbers]
+        drawn = [
+            torch.randint(number, (n,), generator=generator, device="cpu", dtype=torch.int64) for number in numbers
+        ]
         return torch.stack(drawn, dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from .archives import ARCHIVE_SUFFIXES, OtherClasses, first_class, read_files, verify
+from .archives import ARCHIVE_SUFFIXES, OtherClasses, first_classes, read_files, verify
 from .folders import SPLITS, load_folder
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
@@ -76,7 +76,7 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
             return found
     for path, error in refused:
         # Most likely the copy that was meant?
-        if path.is_dir() or "cifar" in path.name.lower() or first_class(path, SPLITS) in CIFAR10_CLASSES:
+        if path.is_dir() or "cifar" in path.name.lower() or first_classes(path, SPLITS):
             raise error
     _warn_of(refused)
     if download:
@@ -89,7 +89,7 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
 
 
 def _warn_of(refused: Sequence[tuple[Path, Exception]]) -> None:
-    for path, error in refused:
+    for _, error in refused:
         warnings.warn(f"passed over while looking for CIFAR-10: {error}", stacklevel=4)
 
 

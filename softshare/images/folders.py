@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import files
-from .archives import Labels, OtherClasses, content_key, first_class, label_images, open_image, read_files
+from .archives import Labels, OtherClasses, content_key, first_classes, label_images, open_image, read_files
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
 SPLITS = ("train", "test")
@@ -28,8 +28,8 @@ def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
         names = [name for labels in labelled[1].values() for name in labels]
     else:
         labelled, names = None, []
-        if only and (shown := first_class(path, SPLITS)) not in (None, *only):
-            raise OtherClasses(f"{path} holds the class {shown!r}")  # a large archive is so passed over unread
+        if only and (foreign := first_classes(path, SPLITS).difference(only)):
+            raise OtherClasses(f"{path} holds the class {min(foreign)!r}")  # a large archive is so passed over unread
     key = content_key(path, names)
     copies = {name: files.cache_folder() / f"images-{key}-{name}.npz" for name in SPLITS}
     kept = _read_copy(copies[split])

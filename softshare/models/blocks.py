@@ -31,7 +31,9 @@ class RecurrentBlock(nn.Module):
         return self.step(x, self.norms(), [1.0] * len(self.layer_names))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError("this network cannot be scripted; use torch.compile, torch.export, torch.fx or torch.jit.trace")
+        raise RuntimeError(
+            "this network cannot be scripted; use torch.compile, torch.export, torch.fx or torch.jit.trace"
+        )
 
 
 def scaled(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -48,7 +50,8 @@ def mean_over_pixels(x: Tensor) -> Tensor:
 def logits(x: Tensor, classifier: nn.Module) -> Tensor:
     """``classifier(x)`` in the precision of the classifier's parameters, also under autocast; (N, C) to (N, classes).
 
-    This costs nothing, and bfloat16 matrix products crash on some virtual machines that report matrix units they do not have.
+    This costs nothing, and bfloat16 matrix products crash on some virtual machines that report matrix units they do not
+    have.
     """
     with without_autocast(x.device):
         return classifier(x.to(getattr(classifier, "weight", x).dtype))  # type: ignore[no-any-return]

@@ -99,8 +99,8 @@ class Cifar(Study):
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
         """Images to train on, to hold out, and to test on, in the numbers of the plan, or fewer if there are not as many.
 
-        Without `data` they are those of the recipe's first data set; only profile fast uses the embedded digits if no copy of
-        CIFAR-10 is found. Digits are not mirrored.
+        Without `data` they are those of the recipe's first data set; only profile fast uses the embedded digits if no
+        copy of CIFAR-10 is found. Digits are not mirrored.
         """
         train, test = self._load(plan, data, download)
         facts = {"source": train.source, "fingerprint": _fingerprint(train, test)}

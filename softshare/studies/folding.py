@@ -61,7 +61,8 @@ def fold_costs(
     """Fold the trained network of a record at each threshold and write a record of what each fold costs.
 
     Networks are tested in the precision of the record's plan. The new record's history has one row per threshold and way
-    (see `rows_by_way`); its metrics are the errors before folding and, by threshold, the layers left and the change in error.
+    (see `rows_by_way`); its metrics are the errors before folding and, by threshold, the layers left and the change in
+    error.
     """
     _, plan = plan_of(record)
     identity = Identity(

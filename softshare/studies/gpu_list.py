@@ -101,7 +101,9 @@ class Places:
         """The command ``softshare`` of this installation."""
         python = interpreter()
         if python is None:
-            raise RuntimeError(f"{sys.executable!r} is not a Python interpreter, so it cannot start runs; call `softshare gpu`")
+            raise RuntimeError(
+                f"{sys.executable!r} is not a Python interpreter, so it cannot start runs; call `softshare gpu`"
+            )
         return [python, "-m", "softshare"]
 
     def command(self, job: Job, quiet: bool) -> list[str]:

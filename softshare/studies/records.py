@@ -126,7 +126,7 @@ class Record:
         return self.identity.network
 
     def similarity(self) -> SimilarityRecorder:
-        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError if they are another run's."""
+        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError for another run's."""
         path = self.path.with_suffix(".npz")
         if path.exists() and files.file_checksum(path) != self.snapshots:
             raise ValueError(f"{path} is not the file that belongs to {self.path.name}: its checksum is different")

@@ -142,7 +142,7 @@ def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, s
 
 
 def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
-    """The share of grids that each network of the curriculum solves at the end of each phase, next to the rectangle rule's."""
+    """The share of grids that each network solves at the end of each phase of the curriculum, and the rectangle rule's."""
     names = [name for name, recipe in RECIPES.items() if recipe.study == "paths"]
     phases = {f"phase {number}": number for number in range(1, 6)}
     data = "shortest paths, generated"
@@ -164,8 +164,8 @@ def structure(
     """How similar layers have become in each run of a network in any profile but fast, one row per stage.
 
     The largest similarity of a pair is shown next to the 95th percentile for random directions, and the plan at a threshold
-    next to the first epoch after which some pair reaches it. The keys describe the runs. Snapshots that are missing or do not
-    belong to their record are left out with a warning.
+    next to the first epoch after which some pair reaches it. The keys describe the runs. Snapshots that are missing or
+    do not belong to their record are left out with a warning.
     """
     found: dict[str, list[dict[str, str]]] = {}
     for record in records:
@@ -193,10 +193,10 @@ def structure(
                     f"plan at {threshold:g}": plan,
                 }
             )
-        epochs, error = record.config["schedule"]["epochs"], record.metrics["error"]
+        epochs, test_error = record.config["schedule"]["epochs"], record.metrics["error"]
         found[
             f"{record.network}, profile {record.profile} ({epochs} epochs), seed {record.seed}, {record.data['source']}: "
-            f"test error {error:.2f}%"
+            f"test error {test_error:.2f}%"
         ] = rows
     return found
 

@@ -34,7 +34,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
             f"device {str(device)!r} was requested, but PyTorch {torch.__version__} finds no CUDA GPU on this machine"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise NoSuchDevice(f"device {str(device)!r} was requested, but this machine has {torch.cuda.device_count()} GPU(s)")
+        raise NoSuchDevice(
+            f"device {str(device)!r} was requested, but this machine has {torch.cuda.device_count()} GPU(s)"
+        )
     return device
 
 
@@ -48,8 +50,8 @@ def pick_precision(precision: str, device: torch.device, parameters: torch.dtype
         return parameters
     if parameters is not torch.float32:
         raise ValueError(
-            f"the model's parameters are {precision_name(parameters)}; training keeps them in float32 (or float64) and computes "
-            'in half precision by autocast: call model.float() and choose Settings(precision="...")'
+            f"the model's parameters are {precision_name(parameters)}; training keeps them in float32 (or float64) and "
+            'computes in half precision by autocast: call model.float() and choose Settings(precision="...")'
         )
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
@@ -81,8 +83,8 @@ def outputs_of(model: nn.Module, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         outputs = model(inputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"the model's outputs must be one tensor, as the task's loss takes it, got {type(outputs).__name__}; wrap the model in "
-            "a module whose forward returns the tensor that is meant"
+            f"the model's outputs must be one tensor, as the task's loss takes it, got {type(outputs).__name__}; wrap "
+            "the model in a module whose forward returns the tensor that is meant"
         )
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
@@ -98,9 +100,8 @@ def parameter_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's floating-point parameters, float32 without any; ValueError where they differ."""
     found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(found) > 1:
-        raise ValueError(
-            f"the model's parameters are of several dtypes, {', '.join(sorted(map(precision_name, found)))}; call model.float()"
-        )
+        names = ", ".join(sorted(map(precision_name, found)))
+        raise ValueError(f"the model's parameters are of several dtypes, {names}; call model.float()")
     return found.pop() if found else torch.float32
 
 
@@ -130,8 +131,8 @@ def convolution_kernels(device: torch.device, tf32: bool) -> Iterator[None]:
         flags.__enter__()
     except RuntimeError as error:  # PyTorch refuses to mix its old and its new switches
         raise ValueError(
-            "TF32 was set through torch.backends.fp32_precision or a related switch, which cannot be combined with this one; "
-            f'reset it to "none" and use Settings(tf32=...) ({error})'
+            "TF32 was set through torch.backends.fp32_precision or a related switch, which cannot be combined with this "
+            f'one; reset it to "none" and use Settings(tf32=...) ({error})'
         ) from error
     try:
         yield

@@ -47,8 +47,8 @@ def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if text and not text.isdecimal():
         raise ValueError(
-            f"the environment variable {variable} must be a whole number, as torchrun sets it, got {text!r}; unset it or start "
-            "the processes by torchrun"
+            f"the environment variable {variable} must be a whole number, as torchrun sets it, got {text!r}; unset it "
+            "or start the processes by torchrun"
         )
     return int(text) if text else default
 
@@ -60,14 +60,16 @@ def _started_together() -> bool:
     would train alone and write over the others' files.
     """
     if _number("WORLD_SIZE", 1) < 2:
-        if not os.environ.get("RANK", "0").strip().isdecimal():
-            warnings.warn(f"ignored: RANK is {os.environ['RANK']!r}, not a number as torchrun sets it", stacklevel=3)
+        alone = os.environ.get("RANK", "").strip()
+        if alone and not alone.isdecimal():
+            warnings.warn(f"ignored: RANK is {alone!r}, not a number as torchrun sets it", stacklevel=3)
         return False
     variables = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in variables if not os.environ.get(name, "").strip()]:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but {' and '.join(missing)} not "
-            "set, so they cannot find each other; start them by torchrun, or unset WORLD_SIZE to train in one process"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but "
+            f"{' and '.join(missing)} not set, so they cannot find each other; start them by torchrun, or unset WORLD_SIZE "
+            "to train in one process"
         )
     if _number("RANK", 0) >= _number("WORLD_SIZE", 1):
         raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
@@ -79,14 +81,16 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did, for the duration of a ``with`` block; yields this one's device.
 
     Under torchrun ``cuda`` becomes the GPU of the process's local rank, with nccl between them; on a CPU it is gloo. A group
-    that exists already is used and left alone. Raises NoSuchDevice for a local rank beyond the number of GPUs, ValueError for
-    an environment that contradicts itself.
+    that exists already is used and left alone. Raises NoSuchDevice for a local rank beyond the number of GPUs,
+    ValueError for an environment that contradicts itself.
     """
     together = _running() or _started_together()
     if together and device.type == "cuda":
         local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
         if local >= gpus:
-            raise NoSuchDevice(f"process {local} of this machine (LOCAL_RANK) needs a GPU of its own, but there are {gpus}")
+            raise NoSuchDevice(
+                f"process {local} of this machine (LOCAL_RANK) needs a GPU of its own, but there are {gpus}"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     ours = together and not _running()

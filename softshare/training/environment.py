@@ -110,9 +110,7 @@ class Execution:
         after: of a process that found the training finished and only measured; None if there was none.
     """
 
-    def __init__(
-        self, device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32) -> None:
         self.now = execution_facts(device, settings, parameters)
         self.now |= {"compiled": False, "processes": distributed.world_size()}
         others = distributed.gathered(self.now)[1:]
@@ -137,8 +135,8 @@ class Execution:
         last = before[-1]["precision"] if before else self.now["precision"]
         if last != self.now["precision"]:
             warnings.warn(
-                f"the checkpoint was written in {last}, and training resumes in {self.now['precision']}: the outcome is that of "
-                'neither alone, and the record says so. Settings(precision="...") chooses one',
+                f"the checkpoint was written in {last}, and training resumes in {self.now['precision']}: the outcome is "
+                'that of neither alone, and the record says so. Settings(precision="...") chooses one',
                 stacklevel=2,
             )
 

@@ -120,8 +120,8 @@ def _extra_state(model: nn.Module) -> dict[str, Any]:
             same = False
         if not same:
             raise TypeError(
-                f"checkpoints keep tensors and JSON, but the model's {name!r} is {type(value).__name__} {value!r:.60}; have its "
-                "get_extra_state return a tensor or JSON, or train without checkpoints"
+                f"checkpoints keep tensors and JSON, but the model's {name!r} is {type(value).__name__} {value!r:.60}; "
+                "have its get_extra_state return a tensor or JSON, or train without checkpoints"
             )
     return extra
 
@@ -189,7 +189,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run for the run to resume from it: all that decides the outcome."""
+        """All that decides the outcome: what a checkpoint must have in common with this run to be resumed from."""
         shapes = [
             f"{name} {tuple(value.shape) if isinstance(value, Tensor) else ''}"
             for name, value in self.model.state_dict().items()
@@ -243,7 +243,11 @@ class _Run:
     def _batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What is left of the epoch: inputs and targets of this process, and the weight of their mean loss."""
         self.order_before = self.order.get_state()
-        order = torch.randperm(task.size, generator=self.order, device="cpu").to(self.device).split(self.settings.batch_size)
+        order = (
+            torch.randperm(task.size, generator=self.order, device="cpu")
+            .to(self.device)
+            .split(self.settings.batch_size)
+        )
         parts, weights = zip(*(distributed.own_part(indices) for indices in order[self.step :]), strict=True)
         for (inputs, targets), weight in zip(task.batches(parts, self.settings.seed, self.epoch), weights, strict=True):
             yield inputs, targets, weight
@@ -326,8 +330,8 @@ class _Run:
         path, tensors, facts = found
         if not self.task.identity():
             warnings.warn(
-                f"resuming from {path}: {type(self.task).__name__} has no identity(), so nothing can tell whether its data are "
-                "the same as before",
+                f"resuming from {path}: {type(self.task).__name__} has no identity(), so nothing can tell whether its "
+                "data are the same as before",
                 stacklevel=2,
             )
         try:

@@ -144,7 +144,8 @@ def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, 
                 raise
             reason = str(error).strip().splitlines() or [""]
             warnings.warn(
-                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training continues without it, more slowly",
+                f"torch.compile failed ({type(error).__name__}: {reason[0][:200]}); training continues without it, "
+                "more slowly",
                 stacklevel=2,
             )
             compiled = model

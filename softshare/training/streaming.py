@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import count
-from ..images.archives import label_images, open_image
 from ..files import user_path
+from ..images.archives import label_images, open_image
 from ..images.augmentation import Augmentation
 from .tasks import Predict, Task
 

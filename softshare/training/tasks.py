@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -81,8 +82,7 @@ class Classification(Task):
         self._drawn: tuple[Any, Tensor] | None = None  # of the latest epoch, with all that they depend on
 
     def to(self, device: torch.device) -> Classification:
-        moved = object.__new__(Classification)
-        moved.__dict__.update(self.__dict__)
+        moved = copy.copy(self)
         moved.images, moved.labels = self.images.to(device), self.labels.to(device)
         if self.held_out is not None:
             moved.held_out = self.held_out[0].to(device), self.held_out[1].to(device)
@@ -128,8 +128,10 @@ class ShortestPaths(Task):
         self.size = len(train.distances)
 
     def to(self, device: torch.device) -> ShortestPaths:
-        held_out = None if self.held_out is None else Grids(*(t.to(device) for t in self.held_out))
-        return ShortestPaths(Grids(*(t.to(device) for t in self.train)), held_out)
+        moved = copy.copy(self)
+        moved.train = Grids(*(t.to(device) for t in self.train))
+        moved.held_out = None if self.held_out is None else Grids(*(t.to(device) for t in self.held_out))
+        return moved
 
     def identity(self) -> str:
         digest = hashlib.sha256(self.train.inputs.cpu().numpy())  # type: ignore[arg-type]
@@ -167,7 +169,9 @@ class Curriculum(Task):
         self.size = self.phases[0].size
 
     def to(self, device: torch.device) -> Curriculum:
-        return Curriculum([phase.to(device) for phase in self.phases], self.epochs)
+        moved = copy.copy(self)
+        moved.phases = [phase.to(device) for phase in self.phases]
+        return moved
 
     def identity(self) -> str:
         return " ".join([str(self.epochs), *(phase.identity() for phase in self.phases)])

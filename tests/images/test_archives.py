@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softshare.images import CIFAR10_CLASSES, load
+from softshare.images import CIFAR10_CLASSES, archives, folders, load
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 
@@ -154,3 +154,96 @@ def test_an_archive_is_checked_against_sha256sums_beside_it(tmp_path, listed, as
                 load(name, "train", root=tmp_path)
     else:
         assert_drawn(load("cifar10", "train", root=tmp_path), "train", 2, CIFAR10_CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------- names as people have them
+
+
+def test_a_zip_made_on_windows_is_read(tmp_path, assert_drawn, pet_files):
+    path = tmp_path / "pets.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in pet_files().items():
+            member = zipfile.ZipInfo()
+            member.filename = "pets\\" + name.replace("/", "\\")
+            archive.writestr(member, data)
+    assert_drawn(load(str(path), "train"), "train", 2)
+
+
+@pytest.mark.parametrize("name", ["..\\train\\a\\0.png", "C:\\train\\a\\0.png", "\\train\\a\\0.png"])
+def test_a_windows_path_that_leads_out_is_refused(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        member = zipfile.ZipInfo()
+        member.filename = name
+        archive.writestr(member, b"x")
+    with pytest.raises(ValueError, match="leads out of it"):
+        load(str(tmp_path / "x.zip"), "train")
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar", ".zip"])
+def test_what_is_left_out_is_counted_and_named(
+    tmp_path, suffix, assert_drawn, pet_files, write_folder, write_archive, encoded
+):
+    png = pet_files()["train/cat/0000.png"]
+    more = {f"train/cat/{n}.tif": b"II" for n in range(3)} | {"test/dog/more/1.PNG": png, "train/stray.png": png}
+    more |= {"train/cat/noend": b"x", "train/cat/.DS_Store": b"x", "train/.cache/1.png": png, "README.md": b"x"}
+    contents = {**pet_files(), **more}
+    path = write_archive(tmp_path / f"p{suffix}", contents) if suffix else write_folder(tmp_path / "p", contents)
+    for _ in range(2):  # the second time, it may come from the decoded copy
+        with pytest.warns(UserWarning) as caught:
+            found = load(str(path), "train")
+        assert_drawn(found, "train", 2)
+        (said,) = (str(each.message) for each in caught)
+        for part in (
+            "6 files are left out",
+            "3 *.tif, such as train/cat/0.tif",
+            "1 without an ending, such as train/cat/",
+        ):
+            assert part in said
+        assert "2 in another place, such as t" in said and "endings .jpg .jpeg" in said
+        assert caught[0].filename.endswith("loading.py") or caught[0].filename == __file__
+
+
+def test_the_copy_in_the_cache_remembers_what_was_left_out(tmp_path, monkeypatch, pet_files, write_archive):
+    monkeypatch.setattr(folders, "_CACHED_FROM", 1)
+    path = write_archive(tmp_path / "p.tar", {**pet_files(), "train/cat/a.tif": b"II"})
+    with pytest.warns(UserWarning, match="1 file is left out"):
+        load(str(path), "train")
+    monkeypatch.setattr(folders, "_decode", lambda *_: pytest.fail("decoded again"))
+    with pytest.warns(UserWarning, match="1 file is left out"):
+        load(str(path), "test")
+
+
+def test_no_word_about_a_folder_that_is_read_in_full(tmp_path, recwarn, pet_files, write_folder):
+    load(write_folder(tmp_path / "p", pet_files()), "train")
+    assert len(recwarn) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ quick refusals
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.zip"])
+def test_a_download_that_was_only_reserved_is_refused_at_its_first_block(tmp_path, monkeypatch, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**33)  # 8 GiB: reading it would take a while
+    monkeypatch.setattr(folders, "content_key", lambda path, names: "key")
+    with pytest.raises(ValueError, match="begins with zeros, as a download"):
+        load(str(tmp_path / name), "train")
+
+
+def test_a_large_archive_of_something_else_is_passed_over_unread(tmp_path, monkeypatch, pet_files, write_archive):
+    write_archive(tmp_path / "pets.tar", pet_files())
+    monkeypatch.setattr(folders, "content_key", lambda *_: pytest.fail("read to its end"))
+    with pytest.raises(FileNotFoundError, match="no copy of CIFAR-10"):
+        load("cifar10", "train", root=tmp_path)
+
+
+def test_an_error_of_reading_is_not_blamed_on_the_archive(tmp_path, monkeypatch, pet_files, write_archive):
+    path = write_archive(tmp_path / "pets.tar", pet_files())
+
+    def failing(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(archives.tarfile, "open", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        load(str(path), "train")
+    assert not isinstance(caught.value, ValueError) and "damaged" not in str(caught.value)

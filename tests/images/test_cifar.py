@@ -306,3 +306,39 @@ def test_the_real_images(monkeypatch):
     pixels = sets["train"].images.float()
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx([125.3, 123.0, 113.9], abs=1.0)
     assert pixels.flatten(2).transpose(0, 1).flatten(1).std(1).tolist() == pytest.approx([63.0, 62.1, 66.7], abs=1.0)
+
+
+# ------------------------------------------------------------------------------------------- neighbours that cannot be read
+
+
+@pytest.mark.parametrize("neighbour", ["holiday.zip", "backup.tar.gz"])
+def test_a_damaged_archive_of_something_else_is_passed_over_by_name(
+    tmp_path, monkeypatch, assert_drawn, cifar_files, write_archive, neighbour
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / neighbour).write_bytes(bytes(range(1, 256)) * 8)
+    with pytest.warns(UserWarning, match=f"passed over while looking for CIFAR-10: .*{neighbour} is truncated"):
+        with pytest.raises(FileNotFoundError, match="no copy of CIFAR-10"):
+            load("cifar10", "train", root=tmp_path / "data")
+    write_archive(tmp_path / "cache" / "cifar10.tar", cifar_files())  # a good copy in the next place
+    with pytest.warns(UserWarning, match=neighbour):
+        assert_drawn(load("cifar10", "train", root=tmp_path / "data"), "train", 2, CIFAR10_CLASSES)
+
+
+@pytest.mark.parametrize("name", ["my-cifar.tar", "ten.tar"])
+def test_a_damaged_copy_of_cifar_itself_is_an_error(tmp_path, cifar_files, write_archive, name):
+    path = write_archive(tmp_path / "data" / name, cifar_files())
+    path.write_bytes(path.read_bytes()[:-12_000])  # by its name, or by the classes that it begins with
+    with pytest.raises(ValueError, match=f"{name} is truncated"):
+        load("cifar10", "train", root=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("proxy", "reason"), [("socks5://127.0.0.1:9", "SOCKS"), ("http://", "proxy"), ("http://127.0.0.1:9", "")]
+)
+def test_an_error_of_the_connection_is_told_as_one(tmp_path, monkeypatch, proxy, reason):
+    """Some errors of requests are ValueErrors as well, as a checksum's is."""
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ConnectionError, match=f"could not download https://.*{reason}.*Without network, put cifar-100"):
+        load("cifar100", "train", root=tmp_path, download=True)

@@ -15,7 +15,7 @@ GREY = np.arange(32 * 32, dtype=np.uint32).reshape(32, 32).astype(np.uint8)
 
 
 def test_an_image_folder(tmp_path, assert_drawn, pet_files, write_folder):
-    path = write_folder(tmp_path / "pets", {**pet_files(), "train/cat/notes.txt": b"x", "train/cat/.hidden.png": b"x"})
+    path = write_folder(tmp_path / "pets", {**pet_files(), "train/cat/.hidden.png": b"x"})
     assert_drawn(load(str(path), "train"), "train", 2)
     found = load(path, "test")
     assert_drawn(found, "test", 1)
@@ -164,3 +164,64 @@ def test_small_sets_are_not_cached_and_a_cache_that_cannot_be_written_is_no_erro
     monkeypatch.setattr(folders, "_CACHED_FROM", 1)
     (tmp_path / "cache").write_text("a file in the way")
     assert_drawn(load(path, "train"), "train", 2)
+
+
+def key(path):
+    classes, labels, _ = folders.label_images(path, folders.SPLITS, ["train"])
+    return folders.content_key(path, [name for found in labels.values() for name in found])
+
+
+def test_the_key_of_a_folder_notices_a_change_that_keeps_size_and_time(tmp_path, pet_files, write_folder):
+    """As after a copy that preserves times."""
+    path = write_folder(tmp_path / "pets", pet_files())
+    image, before = path / "train/cat/0000.png", key(path)
+    state = image.stat()
+    image.write_bytes(bytes(reversed(image.read_bytes())))
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert image.stat().st_size == state.st_size and image.stat().st_mtime_ns == state.st_mtime_ns
+    assert key(path) != before
+
+
+def test_the_key_of_a_folder_sees_into_folders_that_are_linked(tmp_path, pet_files, write_folder):
+    path = write_folder(tmp_path / "pets", pet_files())
+    (path / "train/cat").rename(tmp_path / "cats")
+    (path / "train/cat").symlink_to(tmp_path / "cats")
+    before = key(path)
+    assert key(path) == before
+    (tmp_path / "cats/0000.png").write_bytes(b"another")
+    assert key(path) != before
+
+
+def test_another_pillow_decodes_again(tmp_path, monkeypatch, pet_files, write_archive):
+    path = write_archive(tmp_path / "pets.tar", pet_files())
+    before = folders.content_key(path)
+    assert folders.content_key(path) == before
+    monkeypatch.setattr(Image, "__version__", "99")
+    assert folders.content_key(path) != before
+
+
+def test_links_that_lead_nowhere_and_folders_named_like_images(tmp_path, assert_drawn, pet_files, write_folder):
+    path = write_folder(tmp_path / "pets", pet_files())
+    (path / ".#notes").symlink_to("user@host.1:2")  # an editor's lock
+    (path / "train/cat/.#0000.png").symlink_to("user@host.1:2")
+    (path / "train/cat/1.png").mkdir()
+    assert_drawn(load(str(path), "train"), "train", 2)
+    (path / "train/cat/2.png").symlink_to("../nowhere")  # perhaps an image that was not fetched
+    with pytest.raises(
+        ValueError, match="1 images are links to files that are not there, such as train/cat/2.png; fetch"
+    ):
+        load(str(path), "train")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_path, monkeypatch, pet_files, write_folder):
+    path = write_folder(tmp_path / "pets", pet_files())
+    scandir = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("train/cat"):  # root may read everything, so chmod would close nothing to the tests
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="train/cat"):
+        load(str(path), "train")

@@ -102,6 +102,37 @@ def test_a_data_set_that_is_not_there_is_told_and_others_go_on(tmp_path, monkeyp
     )
 
 
+@pytest.mark.parametrize("trouble", ["a damaged archive", "a file in the place of the folder"])
+def test_trouble_with_one_data_set_does_not_hide_the_other_runs(tmp_path, monkeypatch, capsys, trouble):
+    monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("both", (Job("WRN 28-6", 0), Job("CNN", 0)))])
+    monkeypatch.setattr(gpu_list, "side_by_side", lambda waiting, *_: [(job, "done") for job in waiting])
+    place = tmp_path / "cifar.zip" if trouble.startswith("a file") else tmp_path / "data"
+    monkeypatch.setenv("SOFTSHARE_DATA", str(place))
+    if place.suffix:
+        place.write_bytes(b"PK but no zip")
+    else:
+        place.mkdir()
+        (place / "cifar10.zip").write_bytes(b"PK but no zip")
+    assert gpu_list.run_list(60, Places("cuda", tmp_path / "runs", tmp_path)) == 1
+    told = capsys.readouterr().out
+    assert "WRN 28-6, paper, seed 0: failed: " in told and "is truncated, damaged" in told
+    assert "CNN, paper, seed 0: done" in told
+
+
+def test_inside_an_application_runs_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(gpu_list.sys, "executable", "/opt/app/editor")
+    with pytest.raises(RuntimeError, match="'/opt/app/editor' is not a Python interpreter"):
+        Places()
+
+
+def test_the_folders_of_a_list_are_found_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = Places(runs="~/r", checkpoints="~/c")
+    command = places.command(Job("CNN", 0), quiet=True)
+    assert str(tmp_path / "r") in command and str(tmp_path / "c") in command
+    assert gpu_list._benchmark_output(places) == tmp_path / "r" / "benchmarks" / "benchmark.json"
+
+
 def test_the_command_of_a_run(tmp_path, monkeypatch):
     """A stand-in for the interpreter writes down what it was called with."""
     program = tmp_path / "python"

@@ -11,7 +11,7 @@ import pytest
 
 import softshare
 from softshare import models
-from softshare.studies import Identity, find_records, read_record, records, train, write_findings, write_record
+from softshare.studies import Identity, find_records, read_record, records, tables, train, write_findings, write_record
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,47 @@ def test_a_record_tells_what_was_used_of_what_there_was(trained):
     config = trained[0].config
     assert config["augmentation"]["flip"] is False
     assert config["sizes"] == {"train": 300, "held_out": 100, "test": 200, "side": 16}
+
+
+def test_one_bad_file_does_not_hide_the_others(trained, tmp_path):
+    for suffix in (".json", ".npz"):
+        shutil.copy(trained[0].path.with_suffix(suffix), tmp_path / f"{trained[0].path.stem}{suffix}")
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "z.json").write_text('{"format": "softshare record 2"}')
+    with pytest.warns(UserWarning) as caught:
+        (found,) = find_records(tmp_path)
+    assert found.identity == trained[0].identity
+    assert [str(each.message).partition(" is")[0] for each in caught] == [
+        f"left out: {tmp_path / n}.json" for n in "az"
+    ]
+    (tmp_path / f"{trained[0].path.stem}.npz").write_bytes(b"another")
+    with pytest.warns(UserWarning, match="a.json|z.json|.npz is not the file that belongs to"):
+        assert tables.structure(find_records(tmp_path), found.recipe) == {}
+
+
+def test_a_record_and_its_snapshots_are_replaced_together(trained, tmp_path, monkeypatch):
+    """A full disk at the second file leaves the first as it was, and both still belong together."""
+    recorder = trained[0].similarity()
+    before = write_record(BASE, {"m": 1}, data={"source": "x", "fingerprint": "f"}, similarity=recorder, runs=tmp_path)
+
+    def full(self, path=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    other = softshare.SimilarityRecorder()
+    other.record(models.swrn(16, 1), 0)
+    with pytest.raises(OSError, match="No space left"):
+        write_record(BASE, {"m": 2}, data={"source": "x", "fingerprint": "f"}, similarity=other, runs=tmp_path)
+    found = read_record(before.path)
+    assert found.metrics == {"m": 1} and found.similarity().steps == recorder.steps
+
+
+def test_the_files_of_a_user_are_found_at_home(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record = write_record(BASE, {"m": 1}, data={"source": "x", "fingerprint": "f"}, runs="~/runs")
+    assert record.path == tmp_path / "runs" / f"{BASE.stem}.json"
+    assert read_record(f"~/runs/{BASE.stem}.json") == record and find_records("~/runs") == [record]
+    recorder = softshare.SimilarityRecorder()
+    recorder.record(models.swrn(16, 1), 0)
+    recorder.save("~/x.y.npz")
+    assert softshare.SimilarityRecorder.load("~/x.y.npz").steps == [0]

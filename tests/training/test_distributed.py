@@ -143,3 +143,72 @@ def test_all_processes_use_the_compiled_model_or_none(agreed):
         "torch.compile failed (RuntimeError: no compiler here); training continues without it, more slowly"
     ]
     assert len({found["weights"] for found in (first, second, *failed)}) == 1
+
+
+# --------------------------------------------------------------------- the environment of other launchers, other sharding
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A function that sets the variables of a launcher, and no others of its kind."""
+
+    def set_variables(**variables):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "", "WORLD_SIZE": ""}])
+def test_a_rank_alone_is_not_torchrun(launched, variables, recwarn):
+    """The number of an array job, or a leftover: this process trains, writes and reports."""
+    launched(**variables)
+    assert distributed.rank() == 0 and len(recwarn) == 0
+    with distributed.process_group(torch.device("cpu")):
+        assert distributed.world_size() == 1
+
+
+def test_a_rank_that_is_no_number_is_named_and_ignored(launched):
+    launched(RANK="senior")
+    with pytest.warns(UserWarning, match="ignored: RANK is 'senior', not a number"):
+        assert distributed.rank() == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, as torchrun sets it, got 'two'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, .*RANK and MASTER_ADDR and MASTER_PORT not set.*unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "but MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a whole number.*'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK 2 must be below WORLD_SIZE 2"),
+    ],
+)
+def test_several_processes_that_cannot_find_each_other_are_an_error(launched, variables, message):
+    """Each would train alone and write over the others' files."""
+    launched(**variables)
+    for call in (distributed.rank, lambda: distributed.process_group(torch.device("cpu")).__enter__()):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(launched, monkeypatch):
+    launched(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(distributed.NoSuchDevice, match=r"process 1 .*LOCAL_RANK.* but there are 1"):
+        distributed.process_group(torch.device("cuda")).__enter__()
+
+
+@pytest.mark.long
+def test_sharding_the_whole_model_works_and_sharding_blocks_says_so(tmp_path):
+    """`fully_shard` keeps a part of each parameter in each process, and gathers a block's for the time of its pass."""
+    done = torchrun(2, str(HERE / "sharded.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["outputs"] < 1e-6 and found["gradients"] < 1e-6 and found["penalty"] < 1e-6
+        assert "call fully_shard once, on the whole model" in found["blocks"]
+        assert "sharded over processes: share first" in found["shared too late"]

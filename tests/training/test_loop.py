@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import softshare
-from softshare import models, shortest_path
-from softshare.training import History, Settings, ShortestPaths, fit
+from softshare import images, models, shortest_path
+from softshare.training import History, Settings, ShortestPaths, evaluate, fit, with_reestimated_statistics
 
 
 def test_fit_is_plain_sgd_with_the_papers_recipe(task, small_net):
@@ -172,3 +172,127 @@ def test_the_model_is_left_in_evaluation_mode(task):
 def test_bad_arguments_are_refused(task, small_net, change, error, says):
     with pytest.raises(error, match=says):
         fit(**{"model": small_net(), "task": task, "settings": Settings(epochs=1)} | change)
+
+
+# ------------------------------------------------------------------------------- models and settings of the world around us
+
+
+class Wrapped(torch.nn.Module):
+    """A network whose outputs and state a test chooses."""
+
+    def __init__(self, outputs=lambda found: found, extra=None):
+        super().__init__()
+        self.net, self.outputs, self.extra = models.wrn(10, 1), outputs, extra
+
+    def forward(self, x):
+        return self.outputs(self.net(x))
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+ONE = Settings(epochs=1, batch_size=50, precision="float32")
+
+
+@pytest.mark.parametrize("outputs", [lambda found: {"logits": found}, lambda found: (found, found), lambda found: None])
+def test_outputs_that_are_no_tensor_are_named(task, outputs):
+    model = Wrapped(outputs)
+    with pytest.raises(TypeError, match="outputs must be one tensor, .* got (dict|tuple|NoneType); wrap the model"):
+        fit(model, task, ONE, progress=False)
+    with pytest.raises(TypeError, match="outputs must be one tensor"):
+        evaluate(model, task)
+
+
+def test_a_model_in_double_precision_trains_in_it(task):
+    double, single = models.swrn(16, 1, 2).double(), models.swrn(16, 1, 2)
+    single.load_state_dict(double.state_dict())
+    settings = Settings(epochs=1, batch_size=50, precision="bfloat16", channels_last=False)
+    history = fit(double, task, settings, progress=False, device="cpu")
+    assert history.execution["precision"] == "float64"
+    assert all(parameter.dtype is torch.float64 for parameter in double.parameters())
+    other = fit(single, task, ONE, progress=False, device="cpu")
+    assert history[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-4)
+    assert evaluate(double, task)["loss"] == pytest.approx(evaluate(single, task, "float32")["loss"], rel=1e-2)
+    fresh = with_reestimated_statistics(double, task.images[:50].float())
+    assert next(fresh.buffers()).dtype is torch.float64
+    grids = ShortestPaths(*(shortest_path.generate(20, size=8, box=5, seed=seed) for seed in (0, 1)))
+    fit(models.gridnet(2, 4).double(), grids, ONE, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.half(), "parameters are float16; .* call model.float()"),
+        (lambda model: model.to(torch.bfloat16), "parameters are bfloat16"),
+        (lambda model: model.classifier.double(), "several dtypes, float32, float64"),
+    ],
+)
+def test_parameters_in_half_or_mixed_precision_are_refused(task, change, message):
+    model = models.wrn(10, 1)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, task, ONE, progress=False)
+
+
+def test_extra_state_travels_in_checkpoints(task, tmp_path):
+    """A count that the model keeps, as some normalisations do."""
+    model = Wrapped(extra={"seen": [3, 4.5, None], "name": "x"})
+    fit(model, task, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+    again = Wrapped()
+    again.extra = "nothing yet"
+    fit(again, task, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+    assert again.extra == {"seen": [3, 4.5, None], "name": "x"}
+    for mine, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("extra", [object(), {1: "a"}, (1, 2), torch.zeros(2).numpy(), {"x": float("nan")}])
+def test_extra_state_that_would_come_back_changed_is_refused_before_training(task, tmp_path, extra):
+    model = Wrapped(extra=extra)
+    called = []
+    with pytest.raises(TypeError, match="'_extra_state' is .*have its get_extra_state return a tensor or JSON"):
+        fit(model, task, ONE, [lambda *_: called.append(1)], progress=False, checkpoints=tmp_path)
+    assert not called
+    fit(model, task, ONE, progress=False)
+
+
+def test_training_works_inside_inference_mode_and_without_gradients(task, small_net):
+    first, second = small_net(), small_net()
+    fit(first, task, ONE, progress=False, device="cpu")
+    with torch.inference_mode(), torch.no_grad():
+        fit(second, task, ONE, progress=False, device="cpu")
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with torch.inference_mode():
+        model = small_net()
+    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+        fit(model, task, ONE, progress=False)
+
+
+@pytest.fixture
+def odd_defaults():
+    """A program that has set PyTorch's defaults to what nobody expects; a device on which nothing has a value."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_defaults_of_pytorch_change_nothing(task, small_net, odd_defaults, tmp_path):
+    with torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        first, second = small_net(), small_net()
+        expected = fit(first, task, ONE, [softshare.SimilarityRecorder()], progress=False, device="cpu")
+        similar = softshare.similarity.initial_similarity(4, 2, draws=5)
+        torch.set_default_dtype(torch.float64)
+    images_ = images.load("digits", "train").split(100)[0].shrunk(4)
+    assert images_.statistics()[0][0] > 0
+    found = fit(second, task, ONE, [softshare.SimilarityRecorder()], progress=False, checkpoints=tmp_path, device="cpu")
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other) and mine.dtype is torch.float32
+    assert torch.equal(softshare.similarity.initial_similarity(4, 2, draws=5), similar)

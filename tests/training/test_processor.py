@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from softshare.training import processor
-from softshare.training.processor import avoid_crashing_units, bfloat16_pays, processor_name
+from softshare.training.processor import avoid_crashing_units, bfloat16_pays, interpreter, processor_name
 
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
 
@@ -59,8 +59,8 @@ def announced(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "crashes"), [(-4, True), (0, False), (1, False)]
-)  # killed by SIGILL; fine; an error
+    ("status", "crashes"), [(-4, True), (-11, True), (0, False), (1, False), (-9, False)]
+)  # killed by SIGILL or SIGSEGV; fine; an error; killed by another
 def test_the_check_works_without_a_place_to_remember(announced, status, crashes):
     announced(status)
     assert avoid_crashing_units(processor.Path("/proc/nowhere")) is crashes
@@ -77,6 +77,39 @@ def test_the_outcome_is_remembered_and_tried_again_if_it_cannot_be_read(announce
     assert avoid_crashing_units(tmp_path) is False and len(tried) == 2 and kept.read_text() == "works\n"
 
 
+@pytest.mark.parametrize("status", [1, 127, -9, -15])
+def test_only_success_counts_as_working(announced, tmp_path, status):
+    """Whatever else ends the probe says nothing of the units, and is not remembered."""
+    announced(status)
+    assert avoid_crashing_units(tmp_path) is False and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "executable", [None, "", "/opt/blender/blender", "/usr/bin/uwsgi", "C:\\apps\\Editor.exe", "./app"]
+)
+def test_what_is_no_interpreter_is_not_started(announced, tmp_path, monkeypatch, executable):
+    """An application would start itself, and that one itself, without end."""
+    tried = announced(-4)
+    monkeypatch.setattr(processor.sys, "executable", executable)
+    assert interpreter() is None
+    assert avoid_crashing_units(tmp_path) is False and not tried and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["python", "python3", "python3.11", "Python", "python.exe", "pypy3", "python3.13t"])
+def test_names_of_interpreters(monkeypatch, name):
+    monkeypatch.setattr(processor.sys, "executable", f"/usr/bin/{name}")
+    assert interpreter() == f"/usr/bin/{name}"
+    monkeypatch.setattr(processor.sys, "frozen", True, raising=False)
+    assert interpreter() is None
+
+
+def test_a_probe_starts_no_other(announced, tmp_path, monkeypatch):
+    """Where the site's start-up files import softshare, the probe does as well."""
+    tried = announced(-4)
+    monkeypatch.setenv("SOFTSHARE_PROBING", "1")
+    assert avoid_crashing_units(tmp_path) is False and not tried
+
+
 def test_a_check_that_does_not_end_changes_nothing(announced, tmp_path):
     announced(None)
     assert avoid_crashing_units(tmp_path) is False
@@ -89,7 +122,10 @@ def test_a_check_that_does_not_end_changes_nothing(announced, tmp_path):
         (True, True, None, True),
         (True, True, "AVX512_CORE_BF16", False),  # Intel's dot products alone are as fast as float32
         (True, True, "AVX512_CORE_AMX", True),
+        (True, True, "AVX2", False),  # somebody else's limit counts, too
         (False, True, None, True),  # AMD
+        (False, True, "AVX2", False),
+        (False, True, "avx512_core_bf16", True),
         (False, False, None, False),
         (None, None, None, False),  # an older PyTorch, which cannot tell
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from softshare.training import Settings, fit, progress
@@ -80,3 +82,30 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and "bar: going on" in err
     assert "20.0/20.0" in err and "epoch 2/2, loss 1.250, F1 0.875" in err
+
+
+class Tee:
+    """What some programs put in the place of sys.stderr."""
+
+    def write(self, text):
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", [Tee(), None])
+def test_a_stream_that_does_not_know_whether_it_is_a_terminal_is_none(task, capsys, monkeypatch, small_net, stream):
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    fit(small_net(), task, Settings(epochs=1), title="a run")
+    assert "a run epoch 1/1: loss " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_letters_that_the_terminal_does_not_know_do_not_end_a_training(task, monkeypatch, small_net, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(progress.sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    fit(small_net(), task, Settings(epochs=1), title="a \N{GREEK SMALL LETTER LAMDA} run \u4e2d")
+    assert b"GREEK SMALL LETTER LAMDA" in written.getvalue() or encoding == "cp437"
+    assert b"run \\N{CJK UNIFIED IDEOGRAPH-4E2D} epoch 1/1: loss" in written.getvalue()

@@ -119,3 +119,41 @@ def test_a_task_of_ones_own_trains():
     assert not any(name.startswith("held_out") for name in history[-1])
     with pytest.raises(TypeError, match="abstract"):
         Task()
+
+
+def test_targets_are_part_of_what_grids_are():
+    """Shuffled targets, as a control has them, are other data."""
+    grids = shortest_path.generate(5, size=8, box=5)
+    assert ShortestPaths(grids).identity() != ShortestPaths(grids._replace(targets=grids.targets.flip(0))).identity()
+
+
+def test_the_draws_of_an_epoch_are_kept_for_that_augmentation_alone(task):
+    some = torch.tensor([3, 77])
+    task.batch(some, 3, 2)
+    task.augmentation = dataclasses.replace(task.augmentation, pad=2)
+    draws = task.augmentation.draw(task.size, 3, 2, 8)
+    assert torch.equal(task.batch(some, 3, 2)[0], task.augmentation(task.images[some], draws[some]))
+
+
+class Unnamed(Classification):
+    def identity(self):
+        return ""
+
+
+def test_resuming_on_data_that_nothing_identifies_is_warned_of(digits, small_net, tmp_path, recwarn):
+    for _ in range(2):
+        settings = Settings(epochs=1, precision="float32")
+        fit(small_net(), Unnamed(*digits), settings, progress=False, checkpoints=tmp_path, device="cpu")
+        said = [str(each.message) for each in recwarn if "has no identity()" in str(each.message)]
+    assert len(said) == 1 and "Unnamed has no identity(), so nothing can tell whether its data are the same" in said[0]
+
+
+@pytest.mark.parametrize("kind", [Classification, ShortestPaths, Curriculum])
+def test_a_task_of_ones_own_stays_one_on_a_device(kind, digits):
+    """Its overridden methods must be those that `fit` calls."""
+    grids = shortest_path.generate(5, size=8, box=5)
+    own = type("Own", (kind,), {"loss": lambda self, outputs, targets: outputs.sum()})
+    arguments = {Classification: digits, ShortestPaths: (grids, grids), Curriculum: ([ShortestPaths(grids)], 1)}[kind]
+    moved = own(*arguments).to(torch.device("cpu"))
+    assert type(moved) is own and moved.size == own(*arguments).size
+    assert moved.identity() == own(*arguments).identity()
