@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ def installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "none"
+
+
+def packages() -> dict[str, str]:
+    """The installed versions of what the package and its book require, which may not be the pinned ones."""
+    try:
+        lines = requires("softshare") or []
+    except PackageNotFoundError:
+        lines = []
+    lines = [line for line in lines if not re.search(r"""extra == ['"](test|dev)['"]""", line)]
+    names = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower() for line in lines} | {"torch"}
+    return {name: installed(name) for name in sorted(names)}
 
 
 def file_digest(path: Path) -> str:
@@ -45,13 +57,26 @@ def record_digest(book: Book) -> list[list[str]]:
     return [[p.relative_to(book.top).as_posix(), file_digest(p)] for p in sorted(files) if p.is_file()]
 
 
-def data_listing() -> list[Any]:
-    """Names, sizes and times of the files directly in $SOFTSHARE_DATA, which are too large to read for this."""
-    folder = data_folder()
-    if folder is None or not folder.is_dir():
-        return [str(folder or "")]
-    entries = sorted(folder.iterdir())
-    return [str(folder), *([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file())]
+def data_listing(book: Book) -> list[Any]:
+    """Names, sizes and times of all files that chapters may train on, which are too large to read for this.
+
+    They are in $SOFTSHARE_DATA and in the project's cache, where softshare's own copies of them do not count.
+    """
+    folder, cache = data_folder(), book.top / "data" / "cache"
+    found: list[Any] = [str(folder or "")]
+    for place in filter(None, (folder, cache)):
+        seen = set()
+        for base, folders, names in os.walk(place, followlinks=True):
+            if os.path.realpath(base) in seen:  # a link to a folder above
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(base))
+            for path in (Path(base, name) for name in sorted(names)):
+                own = place == cache and re.fullmatch(r"images-.*\.npz|amx-.*\.txt|.*\.part", path.name)
+                if not own and path.exists():
+                    state = path.stat()
+                    found.append([path.relative_to(place).as_posix(), state.st_size, state.st_mtime_ns])
+    return sorted(found, key=str)
 
 
 def chapter_key(book: Book, name: str, parameters: Mapping[str, Any]) -> str:
@@ -62,8 +87,8 @@ def chapter_key(book: Book, name: str, parameters: Mapping[str, Any]) -> str:
         "constraints": file_digest(book.top / "constraints.txt"),
         "parameters": dict(parameters),
         "python": sys.version,
-        "torch": installed("torch"),
-        "data": data_listing(),
+        "installed": packages(),
+        "data": data_listing(book),
         "records": record_digest(book),
     }
     if name in READERS:

@@ -59,12 +59,26 @@ def test_everything_that_a_result_depends_on_is_in_its_key(project, make_chapter
     changed()
     os.utime(images / "cifar.tar", (1, 1))
     changed()
+    (images / "train" / "cat").mkdir(parents=True)  # an image folder
+    (images / "train" / "cat" / "0.png").write_text("one")
+    changed()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (images / "test").symlink_to(elsewhere)
+    (elsewhere / "0.png").write_text("one")
+    changed()
+    (elsewhere / "back").symlink_to(images)  # no end to it
+    project.write("data/cache/cifar-10-binary.tar.gz", "a copy that softshare finds by itself")
+    changed()
+    monkeypatch.setattr("freshness.version", lambda name: "99.0")  # another package was installed
+    changed()
     assert len(set(keys)) == len(keys)
+    project.write("data/cache/images-0123-train.npz", "a decoded copy")
+    project.write("data/cache/amx-0123.txt", "works")
     (project.top / "softshare" / "__pycache__").mkdir()
     project.write("softshare/__pycache__/wide.pyc", "")
     project.write("data/runs/recipe-fast-s0-abc.json", "{}")
     changed()
-    assert keys[-1] == keys[-2], "compiled files and the chapters' own records change nothing"
+    assert keys[-1] == keys[-2], "compiled files, decoded copies and the chapters' own records change nothing"
 
 
 def test_an_empty_data_folder_variable_means_unset(project, make_chapter, monkeypatch):
