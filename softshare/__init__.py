@@ -2,8 +2,8 @@
 
 A reproduction of "Learning Implicitly Recurrent CNNs Through Parameter Sharing" (Savarese and Maire, ICLR 2019).
 
-On CPUs that announce Intel's AMX, the first import after a start of the machine tries these units in a process of its own
-and may set ONEDNN_MAX_CPU_ISA; see `softshare.training.processor`.
+On CPUs that report Intel's AMX, the first import after a boot tries these units in a separate process and may set
+ONEDNN_MAX_CPU_ISA; see `softshare.training.processor`.
 """
 
 from . import images, models, shortest_path, training

@@ -1,4 +1,4 @@
-"""Small things about arguments and texts that several modules share."""
+"""Small helpers for arguments and text, shared by several modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 def count(name: str, value: Any) -> int:
     """Return `value` if it is a positive whole number, else raise TypeError or ValueError naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's whole numbers count
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's integers are fine too
         raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
     value = int(value)
     if value < 1:
@@ -18,8 +18,8 @@ def count(name: str, value: Any) -> int:
 
 
 def without_addresses(text: str) -> str:
-    """A text without the memory addresses that Python gives to objects, as in ``<function f at 0x7f...>``.
+    """Return a text without the memory addresses of objects, as in ``<function f at 0x7f...>``.
 
-    They change from process to process, so nothing that has to be found again may hold them.
+    Addresses change from process to process, so nothing that must be found again may contain them.
     """
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

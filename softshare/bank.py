@@ -2,7 +2,7 @@
 
 The weight of layer *i* is a linear combination of k templates with its own, learned coefficients,
 ``W(i) = sum_j alpha(i)_j T(j)`` (Savarese and Maire, ICLR 2019), so a group of L layers whose weights have d elements
-each holds ``k (L + d)`` parameters in place of ``L d``.
+each holds ``k (L + d)`` parameters instead of ``L d``.
 
 Letters: L layers in a group, k templates, d elements of one layer's weight.
 """
@@ -23,11 +23,11 @@ from .precautions import refuse_sharded
 COEFFICIENT_INITS = ("orthogonal", "sparse", "identity", "normal")
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""The memory format of weights of so many dimensions that keeps channels together."""
+"""The memory format that keeps channels together, by the number of dimensions of a weight."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which a device's autocast is off, if it has one; the meta device and torch.fx's tracer have none."""
+    """A context with a device's autocast switched off, if it has one; the meta device and torch.fx's tracer have none."""
     none = isinstance(device, torch.fx.Proxy) or device.type == "meta"
     return nullcontext() if none else torch.autocast(device.type, enabled=False)
 
@@ -39,12 +39,12 @@ def initial_coefficients(
 
     - ``"orthogonal"``: `torch.nn.init.orthogonal_` on the whole matrix, as in the authors' code. For k < L the columns
       are orthonormal and the rows are not unit vectors: their mean squared norm is k/L.
-    - ``"sparse"``: normal, with a random half of the entries zero and no row all zero (so at k = 1 none is zero).
+    - ``"sparse"``: normal, with a random half of the entries zero but no row all zero (so with k = 1 no entry is zero).
     - ``"identity"``: layer i starts as template i; needs k = L.
     - ``"normal"``: normal.
 
-    The two normal ones are scaled so that a row's expected squared norm is 1. `dtype` is float32 or float64; default:
-    PyTorch's default, or float32 where that is less precise.
+    ``"sparse"`` and ``"normal"`` are scaled so that a row's expected squared norm is 1. `dtype` is float32 or float64;
+    default: PyTorch's default, or float32 if that is less precise.
 
     Raises ValueError for an unknown `init`, or ``"identity"`` with k other than L.
     """
@@ -66,13 +66,13 @@ def initial_coefficients(
     if init == "sparse":
         zeros = min(num_layers * num_templates // 2, num_layers * (num_templates - 1))
         scores = torch.rand(num_layers, num_templates)
-        scores += 2.0 * (scores == scores.amax(dim=1, keepdim=True))  # one entry of each row is out of reach
+        scores += 2.0 * (scores == scores.amax(dim=1, keepdim=True))  # one entry of each row never becomes zero
         coefficients.view(-1)[scores.view(-1).argsort()[:zeros]] = 0.0
     return coefficients / math.sqrt((num_layers * num_templates - zeros) / num_layers)
 
 
 class WeightSource(nn.Module):
-    """What layers draw their weights from; knows whether it was frozen on purpose, not through one of its layers."""
+    """What layers draw their weights from; knows whether it was frozen directly, not through one of its layers."""
 
     frozen_on_purpose = False
 
@@ -81,26 +81,26 @@ class WeightSource(nn.Module):
         return super().requires_grad_(requires_grad)
 
     def mix(self, index: int) -> Tensor:
-        """The weight number `index` (from 0)."""
+        """Weight number `index` (from 0)."""
         raise NotImplementedError
 
 
 class TemplateBank(WeightSource):
     """k templates and the coefficients with which L layers mix their weights from them.
 
-    ``bank()`` returns all L weights, ``bank.mix(i)`` that of layer i (from 0).
+    ``bank()`` returns all L weights, ``bank.mix(i)`` the weight of layer i (from 0).
 
     Attributes:
-        templates: Parameter (k, d). A row holds one template in the order (first dimension, kernel dimensions, second
-            dimension) of the weight, so a convolution's mixed weight (O, I, h, w) is stored as (O, h, w, I): one matrix
-            product mixes a whole group, and channels_last weights come without a copy.
-        coefficients: Parameter (L, k). Row i is the layer's alpha(i).
+        templates: Parameter (k, d). Each row holds one template, in the order (first dimension, kernel dimensions, second
+            dimension) of the weight, so a convolution's mixed weight (O, I, h, w) is stored as (O, h, w, I). One matrix
+            product mixes a whole group, and channels_last weights need no copy.
+        coefficients: Parameter (L, k). Row i holds alpha(i).
         weight_shape: the shape of one layer's weight.
-        channels_last: whether mixed weights come in channels_last memory format. It follows
+        channels_last: whether mixed weights are in channels_last memory format. It follows
             ``model.to(memory_format=...)``, as the weights of a plain convolution do.
-        name: what the group is called in plans, plots and `banks`.
+        name: the group's name in plans, plots and `banks`.
 
-    Each template starts from a normal distribution of variance 2 / fan_in (He et al. 2015), as in the authors' code.
+    Templates are drawn from a normal distribution with variance 2 / fan_in (He et al. 2015), as in the authors' code.
 
     Args:
         num_layers: L.
@@ -110,7 +110,7 @@ class TemplateBank(WeightSource):
 
     Raises:
         ValueError: a number below 1, an empty shape, an unknown init.
-        TypeError: something other than whole numbers, a dtype other than floating point.
+        TypeError: sizes that are not whole numbers, a dtype that is not floating-point.
     """
 
     @torch.inference_mode(False)  # so that the parameters can learn
@@ -146,13 +146,16 @@ class TemplateBank(WeightSource):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fresh templates and coefficients."""
+        """Draw fresh templates and coefficients, always on the CPU, so that a seed gives the same ones on every device."""
+        if self.templates.is_meta:
+            return
         size = self.weight_shape.numel()
         fan_in = size // self.weight_shape[0] if len(self.weight_shape) > 1 else size
         # Drawn in full precision and then converted: QR does not exist in half precision.
         exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.coefficients.copy_(initial_coefficients(self.num_layers, self.num_templates, self.init))
-        self.templates.copy_(torch.randn(self.num_templates, size, dtype=exact) * math.sqrt(2.0 / fan_in))
+        with torch.device("cpu"):
+            self.coefficients.copy_(initial_coefficients(self.num_layers, self.num_templates, self.init))
+            self.templates.copy_(torch.randn(self.num_templates, size, dtype=exact) * math.sqrt(2.0 / fan_in))
 
     @property
     def num_layers(self) -> int:
@@ -163,7 +166,7 @@ class TemplateBank(WeightSource):
         return self.templates.shape[0]
 
     def stored(self, weight: Tensor) -> Tensor:
-        """A weight (..., *weight_shape) in the order in which templates are stored, (..., d)."""
+        """Rearrange a weight (..., *weight_shape) into the order of stored templates, (..., d)."""
         lead = weight.dim() - len(self.weight_shape)
         if tuple(weight.shape[lead:]) != tuple(self.weight_shape):
             raise ValueError(f"expected a weight of shape {tuple(self.weight_shape)}, got {tuple(weight.shape)}")
@@ -190,16 +193,16 @@ class TemplateBank(WeightSource):
 
     def _product(self, coefficients: Tensor) -> Tensor:
         refuse_sharded(self.templates)
-        # Outside autocast: in half precision the gradients of up to L uses of a template would be added up with 8 bits.
+        # Outside autocast: in half precision the gradients of up to L uses of a template would be summed with 8 bits.
         with without_autocast(self.templates.device):
             return coefficients @ self.templates
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemplateBank:
-        # `model.to(memory_format=...)` changes 4-D and 5-D parameters alone; ours are matrices, so ask `fn` what it
+        # `model.to(memory_format=...)` changes only 4-D and 5-D parameters. Ours are matrices, so ask `fn` what it
         # would have done to a convolution's weight.
         form = CHANNELS_LAST.get(len(self.weight_shape))
         if form is not None:
-            probe = torch.empty((2,) * len(self.weight_shape), dtype=self.templates.dtype)
+            probe = torch.empty((2,) * len(self.weight_shape), dtype=self.templates.dtype, device="cpu")
             probe = probe.contiguous(memory_format=form if self.channels_last else torch.contiguous_format)
             self.channels_last = fn(probe).is_contiguous(memory_format=form)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]

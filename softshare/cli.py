@@ -1,4 +1,4 @@
-"""The command ``softshare``: list recipes, run them, fold trained networks, report, measure."""
+"""The ``softshare`` command: list recipes, run them, fold trained networks, report, measure."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from .training.devices import NoSuchDevice, pick_device
 from .training.distributed import Disagreement
 from .training.streaming import WorkerDied
 
-_TOLD = (ValueError, OSError, FloatingPointError, NoSuchDevice, Disagreement, WorkerDied)
-"""Errors whose message is enough; others, such as errors of CUDA, come with their traceback."""
+_REPORTED = (ValueError, OSError, FloatingPointError, NoSuchDevice, Disagreement, WorkerDied)
+"""Errors that are reported by their message alone; others, such as CUDA errors, come with a traceback."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_command(name: str, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        command.add_argument("name", metavar="NAME", help="a recipe's name, as `softshare list` shows it")
+        command.add_argument("name", metavar="NAME", nargs="+", help="a recipe's name, as `softshare list` shows it")
         command.add_argument("--profile", choices=PROFILES, default="fast", help="default: fast")
         command.add_argument("--seed", type=int, default=0, help="default: 0")
         command.add_argument("--data", help="data set by name or path; default: the recipe's first one")
@@ -55,30 +55,28 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--runs", default="", help="folder of records; default: data/runs of a checkout, else ./runs"
         )
-        command.add_argument("--checkpoints", default="", help="folder for checkpoints, perhaps on a mounted drive")
+        command.add_argument("--checkpoints", default="", help="folder for checkpoints, such as one on a mounted drive")
         command.add_argument("--rehearse", action="store_true", help="toy sizes, to try every step in seconds")
         return command
 
-    commands.add_parser("list", help="show all recipes with what they cost")
+    commands.add_parser("list", help="show all recipes and what they cost")
     command = recipe_command("run", "train a recipe and write its record, or find the record; a killed run resumes")
     command.add_argument("--download", action="store_true", help="fetch the data set if no copy is found")
     command.add_argument(
         "--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints; default: 120"
     )
     command.add_argument("--quiet", action="store_true", help="show no progress")
-    command = recipe_command(
-        "fold", "fold the network that `run` has trained: which layers become one, and what it costs"
-    )
+    command = recipe_command("fold", "fold the network that `run` trained: which layers become one, and what it costs")
     command.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
     command.add_argument("--sweep", action="store_true", help="also record the costs at every threshold from 0.2 to 1")
     command.add_argument("--output", help="write OUTPUT.json (the plan) and OUTPUT.safetensors (folded weights)")
-    report = commands.add_parser("report", help="the poster's tables beside what records hold")
+    report = commands.add_parser("report", help="show the poster's tables next to the results in records")
     report.add_argument("--runs", default="", help="folder of records")
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
     gpu = commands.add_parser("gpu", help="run what is worth a GPU's time, in order of value, as far as time allows")
-    gpu.add_argument("--minutes", type=float, required=True, help="how much time there is")
+    gpu.add_argument("--minutes", type=float, required=True, help="how much time is available")
     gpu.add_argument("--rehearse", action="store_true", help="the same list at toy sizes, on any machine")
-    gpu.add_argument("--parallel", type=int, default=5, help="small networks that train side by side; default: 5")
+    gpu.add_argument("--parallel", type=int, default=5, help="how many small networks train side by side; default: 5")
     gpu.add_argument("--device", help="cpu or cuda; default: cuda if available")
     gpu.add_argument("--runs", default="", help="folder of records")
     gpu.add_argument("--checkpoints", default="", help="folder for checkpoints")
@@ -87,25 +85,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 after an error that is reported in one line, 130 if stopped by hand."""
-    for stream in (sys.stdout, sys.stderr):  # letters that a terminal does not know are no reason to lose a result
+    """Run the command; returns its exit status: 0, 1 after an error reported in one line, 130 if stopped by hand."""
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal cannot show must not cost a result
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="namereplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     bench = argv[:1] == ["bench"]
     arguments = argparse.Namespace(command="bench") if bench else _parser().parse_args(argv)
+    if hasattr(arguments, "name"):
+        arguments.name = " ".join(arguments.name)  # a name of several words needs no quotation marks
     commands = {"list": _list, "run": _run, "fold": _fold, "report": _report, "gpu": _gpu}
     try:
         return benchmark.main(argv[1:]) if bench else commands[arguments.command](arguments)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except _TOLD as error:
+    except _REPORTED as error:
         print(f"softshare {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        told = "" if bench else "; the same command resumes from the last checkpoint, if there is one"
-        print(f"\nstopped{told}", file=sys.stderr)
+        hint = "" if bench else "; the same command resumes from the last checkpoint, if there is one"
+        print(f"\nstopped{hint}", file=sys.stderr)
         return 130
 
 
@@ -119,9 +119,9 @@ def _duration(seconds: float) -> str:
 
 def _list(arguments: argparse.Namespace) -> int:
     print(
-        "Estimated time by profile, on one CPU thread / on one GPU like a T4. The CPU's is from a measured speed, the GPU's"
+        "Estimated time by profile, on one CPU thread / on one GPU such as a T4. CPU times follow from a measured speed, GPU"
     )
-    print("from an assumed one, not measured. * is dropout 0.3. Small profiles have narrower networks.\n")
+    print("times from an assumed one, not measured. * means dropout 0.3. Small profiles use narrower networks.\n")
     print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():
         plans = [make_plan(name, profile) for profile in PROFILES]
@@ -191,7 +191,7 @@ def _fold(arguments: argparse.Namespace) -> int:
         state = {name: value.cpu().contiguous() for name, value in fold(model, folds).state_dict().items()}
         text, output = folds.to_json().encode(), user_path(arguments.output)
         plan_path, weights_path = (Path(f"{output}{end}") for end in (".json", ".safetensors"))
-        # The weights hold the checksum of their plan, so that two that do not belong together can be told apart.
+        # The weights hold the checksum of their plan, so that a mismatched pair can be recognised.
         weights = save(state, {"plan": hashlib.sha256(text).hexdigest()})
         write_together([(plan_path, text), (weights_path, weights)])
         print(f"written: {plan_path}, {weights_path}")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, checksums of what they hold, and the folders where the project keeps things."""
+"""Files that are written completely or not at all, their checksums, and the folders that the project uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ def checkout() -> Path | None:
         ours = 'name = "softshare"' in (top / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    # The file alone proves nothing: some wheels leave theirs beside the packages. A checkout also has its data.
+    # The file alone proves nothing: some wheels leave theirs next to the packages. A checkout also has its data.
     return top if ours and (top / "data" / "paper").is_dir() else None
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as a user gave it, with ``~`` for the home folder; every path from outside goes through here.
+    """A path from a user, with ``~`` replaced by the home folder; every path from outside goes through here.
 
-    Raises FileNotFoundError for ``~`` where this process has no home folder.
+    Raises FileNotFoundError for ``~`` if this process has no home folder.
     """
     try:
         return Path(path).expanduser()
@@ -40,13 +41,13 @@ def user_path(path: str | Path) -> Path:
 
 
 def data_folder(name: str) -> Path:
-    """Where the project keeps data of a kind: data/<name> of a checkout, ./<name> without one."""
+    """Where the project keeps a kind of data: data/<name> in a checkout, ./<name> without one."""
     top = checkout()
     return Path.cwd() / name if top is None else top / "data" / name
 
 
 def bundled_folder(name: str) -> Path:
-    """A folder that is committed: data/<name> of a checkout; without one, the copy in the installed package."""
+    """A committed folder: data/<name> in a checkout; without one, the copy in the installed package."""
     top = checkout()
     return _PACKAGE / name if top is None else top / "data" / name
 
@@ -54,14 +55,14 @@ def bundled_folder(name: str) -> Path:
 def cache_folder() -> Path:
     """Where downloads and decoded copies are kept.
 
-    That is data/cache of a checkout, else softshare in $XDG_CACHE_HOME or ~/.cache. A process without a home folder, as in
-    some containers, gets a folder of its own user among the temporary files.
+    This is data/cache in a checkout, else softshare in $XDG_CACHE_HOME or ~/.cache. A process without a home folder, as in
+    some containers, uses a temporary folder that belongs to its user.
     """
     top = checkout()
     if top is not None:
         return top / "data" / "cache"
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):  # others are to be ignored, says the XDG specification
+    if os.path.isabs(given):  # the XDG specification says to ignore any other
         return Path(given) / "softshare"
     with contextlib.suppress(RuntimeError):
         return Path.home() / ".cache" / "softshare"
@@ -75,13 +76,13 @@ def _temporary_cache() -> Path:
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
-        if state.st_uid == owner and state.st_mode & 0o170077 == 0o040000:  # a folder, and nobody else's business
+        if state.st_uid == owner and state.st_mode & 0o170077 == 0o040000:  # a folder, closed to all other users
             return folder
     return Path(tempfile.mkdtemp(prefix="softshare-"))
 
 
 def writable(folder: Path) -> Path:
-    """Make the folder if need be, and return it once a file could be written to it. Raises OSError naming it otherwise."""
+    """Make the folder if necessary, check that it can be written to, and return it. Raises OSError naming it if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -95,10 +96,10 @@ def atomic_file(path: Path) -> Iterator[Any]:
     """A binary file to write to, which replaces the one at `path` when the block ends without an error.
 
     It is written under a temporary name, flushed to the disk, and renamed. After an error, such as a full disk, the old
-    file is still there; after a kill, at most a file ``*.part`` is left beside it. OSErrors name `path`.
+    file is still there; after a kill, at most a file ``*.part`` is left next to it. OSErrors name `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -111,7 +112,7 @@ def atomic_file(path: Path) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
-    with contextlib.suppress(OSError):  # so that the new name is on the disk too; not every file system can
+    with contextlib.suppress(OSError):  # so that the new name is on the disk too; not every file system supports it
         entry = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(entry)
@@ -122,8 +123,8 @@ def atomic_file(path: Path) -> Iterator[Any]:
 def write_together(contents: Sequence[tuple[Path, bytes]]) -> None:
     """Write files that belong together: all are on the disk before the first of them replaces an older one.
 
-    After an error, such as a full disk, all old files are still there. Only a kill between the renamings, an instant, can
-    leave the files of two writings side by side.
+    After an error, such as a full disk, all old files are still there. Only a kill in the instant between the renamings can
+    leave a mixture of old and new files.
     """
     with contextlib.ExitStack() as stack:
         for path, content in contents:
@@ -134,12 +135,12 @@ def write_together(contents: Sequence[tuple[Path, bytes]]) -> None:
 
 
 def json_bytes(fields: Mapping[str, Any]) -> bytes:
-    """Fields as JSON text, with a checksum of them as the field "content"."""
+    """Fields as JSON text, with their checksum in the field "content"."""
     return (json.dumps({**fields, "content": content_checksum(fields)}, indent=1) + "\n").encode()
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write fields as `json_bytes` makes them, whole or not at all."""
+    """Write fields as `json_bytes` makes them, completely or not at all."""
     write_together([(path, json_bytes(fields))])
 
 

@@ -1,6 +1,6 @@
-"""What a plan makes of a network: tied weights held once, loops that run, and plain weights where templates do not pay.
+"""Folding a network by a plan: tied weights held once, loops that run, and plain weights where templates do not pay off.
 
-`fold` carries a plan out, `sweep` shows what each threshold would cost before one is chosen.
+`fold` carries out a plan; `sweep` shows what each threshold would cost before you choose one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .similarity import in_double
 class DistinctWeights(WeightSource):
     """The weights that several layers of a folded group use, each held once; a use is a weight times a scale.
 
-    Either plain weights (`weights`), or, while more distinct layers than templates are left, a `TemplateBank` with one
-    row of coefficients for each of them.
+    It holds plain weights (`weights`) or, if more distinct layers than templates are left, a `TemplateBank` with one row
+    of coefficients for each of them.
     """
 
     scales: Tensor
@@ -35,7 +35,7 @@ class DistinctWeights(WeightSource):
             self.templates = held
         else:
             self.weights = nn.ParameterList(nn.Parameter(weight) for weight in held)
-        self.users: list[int] = []  # which weight each use is of
+        self.users: list[int] = []  # the number of the weight that each use takes
         like = held.templates if isinstance(held, TemplateBank) else held[0]
         self.register_buffer("scales", like.detach().new_ones(0))  # (uses,)
 
@@ -47,7 +47,7 @@ class DistinctWeights(WeightSource):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fresh plain weights by kaiming_normal_, as our networks start; templates are drawn by their own bank."""
+        """Draw fresh plain weights with kaiming_normal_, as in our networks; a bank of templates draws its own."""
         for weight in getattr(self, "weights", ()):
             nn.init.kaiming_normal_(weight)
 
@@ -63,7 +63,7 @@ class Loop(nn.Module):
     Attributes:
         body: the blocks, with the convolutions that all passes share and the normalisations of the first pass.
         norms: the normalisations of the later passes, by pass, block and place.
-        scales: buffer (passes, blocks, convolutions of a block): what each convolution's output is multiplied with.
+        scales: buffer (passes, blocks, convolutions of a block): the factors of each convolution's output.
     """
 
     scales: Tensor
@@ -92,20 +92,20 @@ class Loop(nn.Module):
 def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
     """A new model in which tied layers use one weight, held once, and aligned repeats of blocks run as loops.
 
-    Ties work in any module. A *loop* needs equal ties at equal places of consecutive blocks of a network of ours (WRN,
+    Ties work in any module. A *loop* needs equal ties at equal places in consecutive blocks of one of our networks (WRN,
     grid network); all other ties are *reuse*. Every step of the unrolled network keeps its own BatchNorm and its own
     scale. A group with no more distinct layers than templates goes back to plain weights; the others keep their templates
     with one row of coefficients for each distinct layer. The representative of a cluster is the least-squares fit to its
     mixed weights under the plan's scales.
 
-    To load a saved folded model, build the same model, fold it by the saved plan and load the state dict.
+    To load a saved folded model, build the same model, fold it with the saved plan and load the state dict.
 
     Args:
-        model: stays as it is.
-        plan_or_threshold: a plan of this model (or of one with the same layers), or a threshold for `plan_fold`.
+        model: is not changed.
+        plan_or_threshold: a plan for this model (or for one with the same layers), or a threshold for `plan_fold`.
 
     Raises:
-        ValueError: a model without shared layers, a threshold outside (0, 1], a plan of another model.
+        ValueError: a model without shared layers, a threshold outside (0, 1], a plan for another model.
         TypeError: neither a plan nor a number.
     """
     plan = plan_or_threshold if isinstance(plan_or_threshold, FoldPlan) else plan_fold(model, plan_or_threshold)
@@ -115,12 +115,12 @@ def fold(model: nn.Module, plan_or_threshold: FoldPlan | float) -> nn.Module:
     sources = {name: bank for name, (bank, _) in group_members(folded).items()}
     for group in plan.groups:
         if len(group.clusters) == len(group.layers) and not group.rolls_back:
-            continue  # nothing ties and plain weights would take more room: the group stays as it is
+            continue  # no ties, and plain weights would take more space: the group stays as it is
         weights = _representatives(sources[group.name], group)
         bodies = _loop_blocks(folded, group)
         _tie_layers(folded, sources[group.name], group, weights, bodies)
     for module in set(folded.modules()) - before:
-        module.training = model.training  # of the new modules alone: a BatchNorm may be held in another mode
+        module.training = model.training  # only of the new modules: a BatchNorm may be kept in another mode
     return folded
 
 
@@ -128,18 +128,18 @@ def _check_plan(model: nn.Module, plan: FoldPlan) -> None:
     members = group_members(model)
     for group in plan.groups:
         if group.name not in members:
-            raise ValueError(f"the plan is of another model: it has a group {group.name!r}, the model {list(members)}")
+            raise ValueError(f"the plan is for another model: it has a group {group.name!r}, the model {list(members)}")
         bank, layers = members[group.name]
         if list(group.layers) != layers or group.templates != bank.num_templates:
             raise ValueError(
-                f"the plan is of another model: group {group.name!r} has {len(group.layers)} layers and "
+                f"the plan is for another model: group {group.name!r} has {len(group.layers)} layers and "
                 f"{group.templates} templates in the plan, {len(layers)} and {bank.num_templates} in the model"
                 + ("" if len(group.layers) != len(layers) else "; or its layers have other names")
             )
 
 
 def _representatives(bank: TemplateBank, group: GroupPlan) -> list[Tensor] | TemplateBank:
-    """One weight for each cluster: plain tensors where the group rolls back, else a smaller bank."""
+    """One weight for each cluster: plain tensors if the group rolls back, else a smaller bank."""
     coefficients = in_double(bank.coefficients)
     rows = []
     for cluster in group.clusters:
@@ -160,7 +160,7 @@ def _learns(bank: TemplateBank) -> bool:
 
 
 def _loop_blocks(model: nn.Module, group: GroupPlan) -> set[nn.Module]:
-    """Replace the blocks of the group's loops by `Loop`; returns the layers of their bodies."""
+    """Replace the blocks of the group's loops with `Loop` modules; returns the layers of their bodies."""
     bodies: set[nn.Module] = set()
     for paths, chain in block_chains(model, group.layers):
         width = len(chain[0])  # layers of a block
@@ -187,7 +187,7 @@ def _loop_blocks(model: nn.Module, group: GroupPlan) -> set[nn.Module]:
 def _tie_layers(
     model: nn.Module, bank: TemplateBank, group: GroupPlan, weights: list[Tensor] | TemplateBank, bodies: set[nn.Module]
 ) -> None:
-    """Give the layers that are left their weights: plain where one layer uses a weight alone, else by `DistinctWeights`."""
+    """Give the remaining layers their weights: a plain one if a single layer uses it, else one from `DistinctWeights`."""
     cluster_of = {layer: index for index, cluster in enumerate(group.clusters) for layer in cluster}
     users: dict[int, list[tuple[nn.Module, float]]] = {}
     for _, layer in shared_layers(model):
@@ -218,9 +218,9 @@ def _tie_layers(
 def sweep(
     model: nn.Module, evaluate: Callable[[nn.Module], float], thresholds: Iterable[float]
 ) -> list[dict[str, Any]]:
-    """Fold at each threshold and evaluate: how much a plan costs before one is chosen.
+    """Fold at each threshold and evaluate, to see what a plan costs before choosing one.
 
-    Where two thresholds give the same plan it is evaluated once. Returns a list of dicts with threshold, plan (as text),
+    If two thresholds give the same plan, it is evaluated once. Returns a list of dicts with threshold, plan (as text),
     distinct and total layers of all groups, parameters of the whole model, value (of the folded model) and change (value
     minus that of the unfolded model).
     """

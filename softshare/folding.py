@@ -1,10 +1,10 @@
-"""Plans of folding: which layers of a trained network become one, and which repeats of them become loops.
+"""Fold plans: which layers of a trained network become one, and which repeats of them become loops.
 
 The poster: "If LSM_ij is about 1, set alpha(i) = +-alpha(j), connect layer j-1 to i and i to j+1, remove layer j"; with
-fewer distinct layers than templates, "roll back to standard parameterization". How far from 1 a similarity may be, how a
-tied layer is rescaled and what becomes of BatchNorm is not stated. Here: clusters by complete linkage at a threshold that
-the caller chooses; each tied weight is a stored scale times one representative, so exact ties stay exact whatever their
-sign and length; every step of the unrolled network keeps its own BatchNorm.
+fewer distinct layers than templates, "roll back to standard parameterization". It does not state how far from 1 a
+similarity may be, how a tied layer is rescaled, or what becomes of BatchNorm. Here, clusters are found by complete linkage
+at a threshold that the caller chooses. Each tied weight is a stored scale times one representative, so exact ties stay
+exact whatever their sign and length. Every step of the unrolled network keeps its own BatchNorm.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class GroupPlan:
     """How the layers of one group fold. Layers are numbered from 1 in the group.
 
     Attributes:
-        name: of the group's bank.
+        name: the name of the group's bank.
         layers: the module path of each layer.
         templates: k of the bank.
-        clusters: layers that become one, each cluster ascending, clusters by their first layer; every layer stands in one.
-        scales: for each layer, what its cluster's representative is multiplied with to give its weight.
+        clusters: layers that become one, ascending; clusters are in order of their first layer, every layer is in one.
+        scales: for each layer, the factor that turns its cluster's representative into its weight.
         loops: aligned repeats of whole blocks.
     """
 
@@ -73,7 +73,7 @@ class GroupPlan:
         if clusters != sorted(tuple(sorted(cluster)) for cluster in clusters):
             raise ValueError(f"clusters of group {self.name!r} must be ascending, got {self.clusters}")
         if len(self.scales) != layers or not all(math.isfinite(scale) for scale in self.scales):
-            raise ValueError(f"group {self.name!r} needs {layers} finite scales, one a layer, got {self.scales}")
+            raise ValueError(f"group {self.name!r} needs {layers} finite scales, one per layer, got {self.scales}")
         schedule, free = self.schedule, 1
         for loop in sorted(self.loops, key=lambda loop: loop.start):
             first, period, repeats = loop.start, loop.length, loop.repeats
@@ -85,13 +85,13 @@ class GroupPlan:
 
     @property
     def schedule(self) -> tuple[int, ...]:
-        """For each layer in turn the layer whose weight it uses: the first one of its cluster."""
+        """For each layer in turn, the layer whose weight it uses: the first one in its cluster."""
         first = {layer: cluster[0] for cluster in self.clusters for layer in cluster}
         return tuple(first[layer] for layer in range(1, len(self.layers) + 1))
 
     @property
     def rolls_back(self) -> bool:
-        """Whether no more distinct layers than templates are left, so that plain weights take no more room."""
+        """Whether there are at most as many distinct layers as templates, so that plain weights take no more space."""
         return len(self.clusters) <= self.templates
 
     def __str__(self) -> str:
@@ -108,11 +108,11 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What `fold` will do to a model; printed as a person would say it: ``stage1: 1 -> 2 -> (3 -> 4) x 4``.
+    """What `fold` will do to a model; prints in readable form: ``stage1: 1 -> 2 -> (3 -> 4) x 4``.
 
     Attributes:
-        threshold: at or above which all pairs of a cluster's similarities lie; None for a plan made by hand.
-        groups: one `GroupPlan` a bank.
+        threshold: the least similarity allowed between two layers of a cluster; None for a plan made by hand.
+        groups: one `GroupPlan` per bank.
     """
 
     threshold: float | None
@@ -140,19 +140,19 @@ class FoldPlan:
 
     @property
     def distinct_layers(self) -> int:
-        """Layers left with a weight of their own, over all groups."""
+        """The number of layers left with a weight of their own, over all groups."""
         return sum(len(group.clusters) for group in self.groups)
 
     @property
     def total_layers(self) -> int:
-        """Layers of all groups before folding."""
+        """The number of layers in all groups before folding."""
         return sum(len(group.layers) for group in self.groups)
 
     def __str__(self) -> str:
         return "\n".join(str(group) for group in self.groups)
 
     def to_json(self) -> str:
-        """The plan as JSON text with a checksum, read again by `from_json`."""
+        """The plan as JSON text with a checksum, for `from_json` to read."""
         return json_bytes({"format": _FORMAT, **asdict(self)}).decode()
 
     @classmethod
@@ -189,8 +189,8 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
     """Find which layers of each group can be tied at a similarity of at least `threshold`.
 
     Clusters are found by complete linkage on `layer_similarity`: the two clusters whose least similar pair is most
-    similar are joined until no such pair reaches the threshold, ties broken by the lower layer numbers. So every pair
-    within a cluster reaches it, and the result depends on nothing but the coefficients. A row of zeros joins nothing.
+    similar are joined until no such pair reaches the threshold; ties are broken by the lower layer numbers. So every pair
+    within a cluster reaches it, and the result depends only on the coefficients. A row of zeros joins no cluster.
 
     Args:
         model: any model with banks that layers draw from (`share_`, `swrn`, `gridnet`).
@@ -208,9 +208,7 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
     require_values(model)
     for name, (bank, members) in group_members(model).items():
         if not bank.coefficients.isfinite().all():
-            raise ValueError(
-                f"the coefficients of group {name!r} are not finite, so nothing can be said of their angles"
-            )
+            raise ValueError(f"the coefficients of group {name!r} are not finite, so their angles are undefined")
         similarity = layer_similarity(in_double(bank.coefficients)).cpu()
         clusters = complete_linkage(similarity, threshold)
         plans.append(_group_plan(model, name, bank, members, clusters))
@@ -235,7 +233,7 @@ def tie(model: nn.Module, clusters: Mapping[str, Iterable[Sequence[int]]]) -> Fo
         if () in given or len(set(named)) < len(named) or max(named, default=1) > bank.num_layers:
             raise ValueError(
                 f"clusters of group {name!r} must name layers from 1 to {bank.num_layers}, each at most once and at least "
-                f"one a cluster, got {given}"
+                f"one per cluster, got {given}"
             )
         rest = set(range(1, bank.num_layers + 1)).difference(named)
         full = tuple(sorted([*(tuple(sorted(cluster)) for cluster in given), *((layer,) for layer in rest)]))
@@ -249,7 +247,7 @@ def require_values(model: nn.Module) -> None:
 
 
 def group_members(model: nn.Module) -> dict[str, tuple[TemplateBank, list[str]]]:
-    """Banks with the paths of the layers that draw from them, in the order of their rows."""
+    """The banks, with the paths of the layers that draw from them, in the order of their rows."""
     members: dict[str, tuple[TemplateBank, list[str]]] = {}
     for name, bank in banks(model).items():
         rows = {
@@ -300,8 +298,8 @@ def _group_plan(
 def _scales(bank: TemplateBank, clusters: Iterable[Sequence[int]]) -> tuple[float, ...]:
     """The scale of each layer: its mixed weight's projection on the leading direction of its cluster's mixed weights.
 
-    All in the k coordinates of the templates, with their Gram matrix as the inner product. The representative is given
-    the root mean square length of its members and the sign of the first one.
+    Everything is computed in the k coordinates of the templates, with their Gram matrix as the inner product. The
+    representative gets the root mean square length of its members and the sign of the first one.
     """
     templates = in_double(bank.templates)
     gram = templates @ templates.T  # (k, k)
@@ -315,7 +313,7 @@ def _scales(bank: TemplateBank, clusters: Iterable[Sequence[int]]) -> tuple[floa
         direction = torch.linalg.eigh(inner).eigenvectors[:, -1] @ rows  # (k,)
         length = float(direction @ gram @ direction)
         if length <= 0.0:
-            continue  # all weights are zero: any scale is right
+            continue  # all weights are zero: any scale will do
         direction = direction * math.sqrt(float(inner.diagonal().mean()) / length)
         projections = (rows @ gram @ direction) / (direction @ gram @ direction)
         if projections[0] < 0:
@@ -328,7 +326,7 @@ def _scales(bank: TemplateBank, clusters: Iterable[Sequence[int]]) -> tuple[floa
 def block_chains(model: nn.Module, layers: Sequence[str]) -> list[tuple[list[str], list[tuple[int, ...]]]]:
     """Runs of consecutive blocks of an `nn.Sequential` whose layers are consecutive layers of the group.
 
-    For each run the paths of its blocks and, for each block, its layers' numbers from 1.
+    Returns, for each run, the paths of its blocks and, for each block, the numbers of its layers (from 1).
     """
     number = {path: index for index, path in enumerate(layers, start=1)}
     chains: list[tuple[list[str], list[tuple[int, ...]]]] = []
@@ -353,7 +351,7 @@ def block_chains(model: nn.Module, layers: Sequence[str]) -> list[tuple[list[str
 
 
 def _repeats(sequence: Sequence[Any]) -> list[tuple[int, int, int]]:
-    """Non-overlapping (start, period, repeats >= 2) of a sequence that leave the fewest items to be written down.
+    """Non-overlapping (start, period, repeats >= 2) of a sequence that leave the fewest items to write down.
 
     By dynamic programming from the end; among equal choices the shorter period wins, then the longer run.
     """

@@ -1,20 +1,22 @@
-"""What can go wrong with a model that nobody here has seen: what `share_` leaves alone, what it refuses, what it warns of.
+"""Precautions for any model: what `share_` leaves alone, what it refuses, and what it warns of.
 
-The method can be read without this file.
+You can follow the method without reading this file.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 DATA_PARALLEL = (
     "nn.DataParallel copies layers without their template bank, so a softly shared model cannot run in it; "
@@ -28,9 +30,9 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class WithoutWeight(dict[str, Any]):
-    """The parameters of a shared layer: whoever looks for "weight" among them, as weight_norm does, is told why it is gone.
+    """The parameters of a shared layer, with an error for code that looks for "weight" among them, as weight_norm does.
 
-    Raises RuntimeError for reading, setting or deleting "weight".
+    Raises RuntimeError, which explains why there is none, for reading, setting or deleting "weight".
     """
 
     def __missing__(self, name: str) -> Any:
@@ -48,7 +50,7 @@ class WithoutWeight(dict[str, Any]):
 
 
 class RefusesPlainWeights(nn.Module):
-    """What a shared layer refuses: a weight of its own, whoever would give it one, and what it cannot be run by."""
+    """What a shared layer refuses: a weight of its own, however it is given, and ways of running that cannot work."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -70,7 +72,7 @@ class RefusesPlainWeights(nn.Module):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        if f"{prefix}weight" in state_dict:  # an error with strict=False as well: the weight would be lost in silence
+        if f"{prefix}weight" in state_dict:  # an error even with strict=False: the weight would be lost silently
             errors.append(
                 f"{prefix}weight is a plain weight, but this layer mixes its weight from a bank. Load plain weights before "
                 'share_(..., init="svd"), which starts from them'
@@ -90,28 +92,26 @@ def refuse_sharded(parameter: Tensor) -> None:
     """Raise RuntimeError for a bank's parameter of which this process holds only a part (a DTensor)."""
     if getattr(parameter, "placements", None) is not None:
         raise RuntimeError(
-            "a layer reads its weight from a template bank that is sharded over processes at this moment. With "
-            "fully_shard on each block, a bank is gathered only while the block that holds it runs; call fully_shard "
-            "once, on the whole model, or use DistributedDataParallel. Elsewhere than in the model's forward pass, gather "
-            "the parameters first"
+            "a layer reads its weight from a template bank that is currently sharded over processes. With fully_shard on "
+            "each block, a bank is gathered only while the block that holds it runs; call fully_shard once, on the whole "
+            "model, or use DistributedDataParallel. Outside the model's forward pass, gather the parameters first"
         )
 
 
 def refuse_inference(model: nn.Module) -> None:
-    """Raise ValueError for a model whose parameters were made under torch.inference_mode, and so can never learn."""
+    """Raise ValueError for a model whose parameters were made under torch.inference_mode and so can never learn."""
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, nn.UninitializedParameter) and parameter.is_inference():
             raise ValueError(
-                f"the parameter {name!r} was made under torch.inference_mode, so it can take no gradient; build or load the "
+                f"the parameter {name!r} was made under torch.inference_mode, so it can have no gradient; build or load the "
                 "model outside inference_mode"
             )
 
 
 def overlapping_weights(model: nn.Module) -> set[int]:
-    """The id of every parameter whose memory another parameter of the model uses too, as after ``a.weight = b.weight.T``."""
-    places: dict[int, list[tuple[int, int, int]]] = defaultdict(
-        list
-    )  # storage -> (first byte, byte after the last, id)
+    """The ids of all parameters that share memory with another one of the model, as after ``a.weight = b.weight.T``."""
+    # storage -> (first byte, byte after the last, id)
+    places: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for parameter in {id(parameter): parameter for parameter in model.parameters()}.values():
         lazy, sharded = isinstance(parameter, nn.UninitializedParameter), hasattr(parameter, "placements")
         if lazy or sharded or parameter.layout is not torch.strided or not parameter.numel():
@@ -132,7 +132,7 @@ def overlapping_weights(model: nn.Module) -> set[int]:
 
 
 def tied_weights(model: nn.Module) -> dict[int, str]:
-    """The id of every parameter that is tied to another place of the model, with the reason."""
+    """The id of every parameter that is tied to another one or held by several modules, with the reason."""
     holders = Counter(id(weight) for module in model.modules() for weight in set(module._parameters.values()))
     found = dict.fromkeys(overlapping_weights(model), "its weight shares memory with another parameter")
     return found | {number: "another module holds the same weight" for number, n in holders.items() if n > 1}
@@ -154,16 +154,65 @@ def reason_against(layer: nn.Module, tied: Mapping[int, str]) -> str | None:
     if not weight.requires_grad:
         return "frozen"
     if hasattr(layer, "bank"):
-        return "it has an attribute named bank already"
+        return "it already has an attribute named bank"
     return tied.get(id(weight))
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise for a model that cannot be shared as it is.
+
+    RuntimeError for one that is already wrapped for several devices: the wrapper knows only the parameters that sharing
+    replaces, so the banks' gradients would not be averaged. ValueError as in `refuse_inference`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise RuntimeError(DATA_PARALLEL)
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise RuntimeError(
+                f"share the model first, then wrap it in {type(module).__name__}, which keeps a list of its parameters"
+            )
+    refuse_inference(model)
+
+
+_replaced: dict[int, weakref.ref[Tensor]] = {}  # weights that banks have replaced, while anything still holds them
+
+
+def warn_old_optimizers(weights: Iterable[Tensor]) -> None:
+    """Warn at the first step of an optimizer that still holds one of these weights: it does not train the banks."""
+    _watch_optimizers()
+    for weight in weights:
+        _replaced[id(weight)] = weakref.ref(weight, functools.partial(_forget, id(weight)))
+
+
+def _forget(number: int, _: Any) -> None:
+    _replaced.pop(number, None)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    def check(optimizer: Any, *_: Any) -> None:
+        if not _replaced:  # the usual case: nothing holds a replaced weight
+            return
+        held = [id(weight) for group in optimizer.param_groups for weight in group["params"] if id(weight) in _replaced]
+        for number in held:
+            _replaced.pop(number, None)
+        if held:
+            warnings.warn(
+                f"this optimizer was made before share_: {len(held)} of its parameters belong to no layer any more, and "
+                "it does not train the template banks. Make a new one, such as torch.optim.SGD(softshare.decay_groups("
+                "model, 5e-4), lr=0.1)",
+                stacklevel=3,
+            )
+
+    register_optimizer_step_pre_hook(check)
 
 
 @functools.cache
 def guard_data_parallel(shared: type[nn.Module]) -> None:
-    """From now on, putting a model with layers of class `shared` into `nn.DataParallel` raises RuntimeError.
+    """Make `nn.DataParallel` raise RuntimeError from now on if it is given a model with layers of class `shared`.
 
-    It does so even on a machine where only one device would be used; without it the failure would come only on a machine
-    with several GPUs, at the first batch.
+    It does so even on a machine with a single device. Otherwise the failure would come only on a machine with several GPUs,
+    at the first batch.
     """
 
     def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -175,12 +224,12 @@ def guard_data_parallel(shared: type[nn.Module]) -> None:
 
 
 def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequence[tuple[str, nn.Module]]) -> None:
-    """Warn where the parameters of one shared layer were frozen: that freezes the whole group, or nothing but a bias.
+    """Warn if the parameters of one shared layer were frozen: that freezes the whole group, or only a bias.
 
     Args:
-        model: that the layers belong to.
+        model: the model that the layers belong to.
         source: the bank that they draw from; one that was frozen by its own ``requires_grad_(False)`` is fine.
-        users: the layers with their names in the model.
+        users: the layers, with their names in the model.
     """
     of_source = {id(parameter) for parameter in source.parameters()}
     own = {name: [p for p in layer.parameters() if id(p) not in of_source] for name, layer in users}
@@ -194,7 +243,7 @@ def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequenc
                 stacklevel=3,
             )
     elif not getattr(source, "frozen_on_purpose", False):
-        # What would be frozen too if the whole group had been meant: the layers' biases, or whatever else is beside them.
+        # If the whole group was meant, these would be frozen too: the layers' biases, or what else their parents hold.
         beside = [parameter for mine in own.values() for parameter in mine] or [
             parameter for name in own for parameter in model.get_submodule(name.rpartition(".")[0]).parameters()
         ]

@@ -1,6 +1,6 @@
-"""Soft parameter sharing: the layers of any model draw their weights from template banks, one bank a group.
+"""Soft parameter sharing: the layers of any model draw their weights from template banks, one bank per group.
 
-`share_` makes a model share, `banks` lists its banks, `decay_groups` says what an optimizer decays, `unshare` goes back.
+`share_` makes a model share, `banks` lists its banks, `decay_groups` sets what an optimizer decays, `unshare` undoes it.
 
 Letters: L layers in a group, k templates, d elements of one layer's weight.
 """
@@ -21,14 +21,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .arguments import count, without_addresses
 from .bank import CHANNELS_LAST, COEFFICIENT_INITS, TemplateBank
 from .precautions import (
-    DATA_PARALLEL,
     RefusesPlainWeights,
     WithoutWeight,
     guard_data_parallel,
     reason_against,
-    refuse_inference,
+    refuse_unfit,
     tied_weights,
     warn_of_partial_freezing,
+    warn_old_optimizers,
 )
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -40,12 +40,12 @@ def _require_module(model: Any) -> None:
 
 
 class SharedLayer(RefusesPlainWeights):
-    """Mixed into the class of a layer whose weight is made by a bank each time that it is read.
+    """Mixed into the class of a layer whose weight is made by a bank each time it is read.
 
-    `softshare_source` is the module that makes the weight (it has a ``mix(index)``) and the layer's index in it. It is kept
-    in a tuple, which `nn.Module` does not register: the bank is a child of the group's first layer alone, so its parameters
-    are in the state dict once, no `nn.Sequential` executes it, and a deep copy of the model follows its own bank. The names
-    are long so that a layer's own attributes survive.
+    `softshare_source` is the module that makes the weight, by ``mix(index)``, and the layer's index in it. It is a tuple,
+    which `nn.Module` does not register: only the group's first layer has the bank as a child. So the bank's parameters are
+    in the state dict once, no `nn.Sequential` executes it, and a deep copy of the model uses its own bank. The names are
+    long so that they do not clash with a layer's own attributes.
     """
 
     softshare_plain_class: type[nn.Module]
@@ -61,7 +61,7 @@ class SharedLayer(RefusesPlainWeights):
         self.softshare_source[0].reset_parameters()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time; copies and pickles make it again from the plain one.
+        # The class is made at run time, so copies and pickles rebuild it from the plain one.
         custom: Any = getattr(self.softshare_plain_class, "__getstate__", None)
         usual = custom is None or custom is getattr(object, "__getstate__", None)
         return _empty_layer, (self.softshare_plain_class,), self.__dict__ if usual else custom(self)
@@ -83,7 +83,7 @@ def _empty_layer(plain: type[nn.Module]) -> SharedLayer:
 
 
 def draw_weight_from(layer: nn.Module, module: nn.Module, index: int) -> None:
-    """From now on `layer.weight` is ``module.mix(index)``; `layer` may be plain or draw from elsewhere already."""
+    """Make `layer.weight` be ``module.mix(index)`` from now on; `layer` may be plain or already draw from elsewhere."""
     if not isinstance(layer, SharedLayer):
         del layer._parameters["weight"]
         layer._parameters = WithoutWeight(layer._parameters)
@@ -92,13 +92,13 @@ def draw_weight_from(layer: nn.Module, module: nn.Module, index: int) -> None:
 
 
 def give_plain_weight(layer: nn.Module, weight: Tensor, learns: bool) -> None:
-    """Turn a shared layer back into one of its plain class that holds a copy of `weight`, contiguous, as its parameter."""
+    """Turn a shared layer back into its plain class, with a contiguous copy of `weight` as its parameter."""
     assert isinstance(layer, SharedLayer)
     layer._modules.pop("bank", None)
     del layer.softshare_source
     layer.__class__ = layer.softshare_plain_class  # type: ignore[assignment]
     others = dict(layer._parameters)
-    layer._parameters = {}  # so that the weight comes first again, as in a layer that never was shared
+    layer._parameters = {}  # so that the weight comes first again, as in a layer that was never shared
     plain = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=learns)
     layer.register_parameter("weight", plain)
     layer._parameters.update(others)
@@ -113,35 +113,35 @@ def share_(
     """Make the layers of a model share parameters softly, in place.
 
     **The weights of shared layers are drawn at random**, as for a new network: what a trained model has learned is lost.
-    ``init="svd"`` keeps it, exactly for as many templates as layers, else as well as k templates can.
+    ``init="svd"`` keeps it: exactly if there are as many templates as layers, otherwise as well as k templates can.
 
-    Convolutions (1-D to 3-D, also transposed) and linear layers of one class, weight shape, `groups`, dtype and device
-    form a group; stride, padding, dilation and bias may differ, and biases stay with their layer. Each group of two or
+    Convolutions (1-D to 3-D, also transposed) and linear layers with the same class, weight shape, `groups`, dtype and
+    device form a group. Stride, padding, dilation and bias may differ; biases stay with their layers. Each group of two or
     more layers gets a bank of ``min(templates, layers)`` templates; its layers are numbered in the order in which the
     model registers them. ``layer.weight`` is the mixed weight wherever it is read. Templates are scaled so that the mixed
-    weights of a group keep the mean square of the weights that they replace.
+    weights of a group keep the mean square of the weights they replace.
 
     - **Writing into** ``layer.weight`` **has no effect**: each read makes a new mixture, so what is written into one
-      (``nn.init``, clamping, renormalising, ``weight.data += ...``, merging LoRA adapters into it) is thrown away with it,
-      and PyTorch offers no way to notice. Change the bank, or work on ``unshare(model)``. Assigning the weight, or loading a
-      plain one by `load_state_dict`, raises an error.
-    - **Freezing.** A bank belongs to all layers of its group, and is a child module of the first one, so that no container
-      executes it (do not cut that layer off). So setting ``requires_grad`` on the parameters of one layer freezes the whole
-      group, or nothing but a bias; `decay_groups` warns of both. One layer: freeze it before sharing. A group:
-      ``banks(model)[name].requires_grad_(False)``. All but the coefficients: ``model.requires_grad_(False)``, then
-      ``bank.coefficients.requires_grad_(True)`` for each bank.
-    - **Several devices.** DistributedDataParallel works, and so does ``fully_shard`` on the whole model; not on single
-      blocks, nor tensor parallelism.
+      (``nn.init``, clamping, renormalising, ``weight.data += ...``, merging LoRA adapters into it) is lost with it, and
+      PyTorch offers no way to notice. Change the bank, or work on ``unshare(model)``. Assigning the weight, or loading a
+      plain one with `load_state_dict`, raises an error.
+    - **Freezing.** A bank belongs to all layers of its group. It is a child module of the first one, where no container
+      executes it, so do not cut that layer off. Setting ``requires_grad`` on the parameters of one layer freezes the whole
+      group, or only a bias; `decay_groups` warns of both. To freeze one layer, do so before sharing. To freeze a group,
+      call ``banks(model)[name].requires_grad_(False)``. To freeze all but the coefficients, call
+      ``model.requires_grad_(False)``, then ``bank.coefficients.requires_grad_(True)`` for each bank.
+    - **Several devices.** DistributedDataParallel and ``fully_shard`` on the whole model work; ``fully_shard`` on single
+      blocks and tensor parallelism do not.
 
-    Layers that are frozen, lazy, parametrized or normalised by a hook, whose weights are not real floating-point numbers or
-    belong to another module or parameter too, are left alone and named in one warning.
+    Layers are left alone, and named in one warning, if they are frozen, lazy, parametrized or normalised by a hook, or if
+    their weights are not real floating-point numbers or also belong to another module or parameter.
 
     Args:
         model: any module; make optimizers after this call, since the parameters change.
-        templates: k, the most templates that a group gets.
+        templates: k, the largest number of templates in a group.
         select: called with the name and module of each layer that could be shared; layers for which it returns the same
-            key form a group named after the key, those for which it returns None are left alone.
-        init: of the coefficients, see `initial_coefficients`; or "svd": coefficients and templates start as the best
+            key form a group named after the key; those for which it returns None are left alone.
+        init: for the coefficients, see `initial_coefficients`; or "svd": coefficients and templates start as the best
             approximation of the current weights.
 
     Returns:
@@ -150,14 +150,14 @@ def share_(
     Raises:
         TypeError: `model` is not a module, `templates` not a whole number.
         ValueError: fewer than one template, an unknown init, a key that mixes weight shapes, dtypes or devices, nothing
-            (more) to share, or a model that was built under `torch.inference_mode`. The model is unchanged then.
-        RuntimeError: the model is an `nn.DataParallel`.
+            (more) to share, or a model that was built under `torch.inference_mode`. The model is then unchanged.
+        RuntimeError: the model is wrapped for several devices already.
     """
     new = share_groups(model, templates, select, init, keep_scale=True)
     return {name: bank for name, bank in banks(model).items() if any(bank is other for other in new)}
 
 
-@torch.inference_mode(False)  # what is made here has to learn, wherever it is called
+@torch.inference_mode(False)  # what is made here must be able to learn, wherever this is called
 def share_groups(
     model: nn.Module,
     templates: int,
@@ -165,9 +165,9 @@ def share_groups(
     init: str,
     keep_scale: bool,
 ) -> list[TemplateBank]:
-    """What `share_` does, for our own networks too: these keep the scale that a fresh bank has (`keep_scale` False).
+    """Do what `share_` does; our own networks call it with `keep_scale` False, to keep the scale of a fresh bank.
 
-    Returns the new banks; arguments and errors as of `share_`.
+    Returns the new banks; arguments and errors are those of `share_`.
     """
     _require_module(model)
     count("templates", templates)
@@ -175,9 +175,7 @@ def share_groups(
         raise TypeError(f"select must be a function of a layer's name and module, got {select!r}")
     if init not in (*COEFFICIENT_INITS, "svd"):
         raise ValueError(f"unknown init {init!r}; known: {', '.join(COEFFICIENT_INITS)}, svd")
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise RuntimeError(DATA_PARALLEL)
-    refuse_inference(model)
+    refuse_unfit(model)
     groups, left_alone = _groups(model, select)
     if left_alone:
         listed = ", ".join(f"{name} ({reason})" for name, reason in left_alone.items())
@@ -186,10 +184,11 @@ def share_groups(
         already = sum(isinstance(module, SharedLayer) for module in model.modules())
         raise ValueError(
             "nothing to share: no two layers that could be shared have the same class, weight shape, groups, dtype and "
-            f"device, or the same key of select ({already} layers are shared already, {len(left_alone)} left alone)"
+            f"device, or the same key from select ({already} layers are shared already, {len(left_alone)} left alone)"
         )
     made = [(_bank_for(layers, min(templates, len(layers)), init, name, keep_scale), layers) for name, layers in groups]
     guard_data_parallel(SharedLayer)
+    warn_old_optimizers(layer.weight for _, layers in made for layer in layers)  # type: ignore[misc]
     for bank, layers in made:
         for index, layer in enumerate(layers):
             draw_weight_from(layer, bank, index)
@@ -199,7 +198,7 @@ def share_groups(
 
 
 def owner_of_bank(model: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
-    """The layer that registers the bank: the first that stands in one place, so that the state dict holds it once."""
+    """The layer to register the bank: the first that occurs only once in the model, so that the bank does too."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     return next((layer for layer in layers if places[id(layer)] == 1), layers[0])
 
@@ -267,7 +266,7 @@ def _bank_for(layers: Sequence[nn.Module], k: int, init: str, name: str, keep_sc
     replaced = torch.stack([bank.stored(weight) for weight in weights]).to(exact)  # (L, d)
     if init == "svd":
         u, s, vh = torch.linalg.svd(replaced, full_matrices=False)
-        rank = min(k, s.numel())  # fewer than k where a weight has fewer elements than the bank has templates
+        rank = min(k, s.numel())  # fewer than k if a weight has fewer elements than the bank has templates
         bank.templates.zero_()[:rank] = s[:rank, None] * vh[:rank]
         bank.coefficients.zero_()[:, :rank] = u[:, :rank]
     elif keep_scale:
@@ -279,7 +278,7 @@ def _bank_for(layers: Sequence[nn.Module], k: int, init: str, name: str, keep_sc
 def banks(model: nn.Module) -> dict[str, TemplateBank]:
     """All template banks of a model by group name, in registration order; {} if it has none.
 
-    A name that occurs twice is numbered: "stage1", "stage1 (2)".
+    A name that occurs again is numbered: "stage1", "stage1 (2)".
     """
     _require_module(model)
     found: dict[str, TemplateBank] = {}
@@ -304,9 +303,9 @@ def shared_layers(model: nn.Module) -> Iterator[tuple[str, SharedLayer]]:
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weight decay on everything but the coefficients of banks.
 
-    That is what the authors' code does; they report that decaying the coefficients hurt. Coefficients are told apart by
-    identity, not by name. A model without banks gets one group. Warns where freezing the parameters of one shared layer has
-    frozen its whole group, or nothing but its bias; see `share_` on freezing.
+    The authors' code does the same; they report that decaying the coefficients hurt. Coefficients are recognised by
+    identity, not by name. A model without banks gets one group. Warns if freezing the parameters of one shared layer has
+    frozen its whole group, or only its bias; see `share_` on freezing.
 
     Raises ValueError for a negative `weight_decay`, or a layer whose bank is not part of the model.
     """
@@ -331,16 +330,16 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()  # so that a mixed weight tells whether it learns
+@torch.enable_grad()  # so that a mixed weight shows whether it learns
 def unshare(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every layer holds its own plain weight; same outputs, the original is untouched.
+    """A copy of the model, with the same outputs, in which every layer has its own plain weight; the original is unchanged.
 
-    An unshared SWRN has the state dict of the WRN of its size. Use it to export a model, to merge, clamp or prune weights,
-    or to save it for code that does not know softshare. On a model without shared layers it is a plain copy.
+    An unshared SWRN has the state dict of the WRN of its size. Use this to export a model, to merge, clamp, prune or
+    quantise weights, or to save a model for code that does not use softshare. Without shared layers it is a plain copy.
     """
     _require_module(model)
     model = copy.deepcopy(model)
-    weights = [(layer, layer.weight) for _, layer in shared_layers(model)]  # all are read before any bank goes
+    weights = [(layer, layer.weight) for _, layer in shared_layers(model)]  # all are read before any bank is removed
     for layer, weight in weights:
         give_plain_weight(layer, weight, weight.requires_grad)
     return model

@@ -2,7 +2,7 @@
 
 Each example is a square grid with two query pixels and random obstacles; the target marks every pixel that lies on some
 shortest path between the queries, moving in four directions over free pixels. The poster gives the input (32 x 32 x 2), the
-target and a curriculum of 50 epochs a phase with growing distance. Obstacle probability, the box of each phase and the
+target and a curriculum of 50 epochs per phase with growing distance. Obstacle probability, the box of each phase and the
 4-connected grid are remembered from the paper, not confirmed.
 
 Letters: N grids of H x W pixels (H = W = size).
@@ -21,7 +21,7 @@ from torch import Tensor
 from .arguments import count
 
 PHASES = (5, 9, 13, 17, 21)
-"""Side of the box around the first query that holds the second, in the five phases of the curriculum."""
+"""Side of the box around the first query that contains the second, in the five phases of the curriculum."""
 
 _TRIES = 1000
 _WORD = 64
@@ -33,7 +33,7 @@ class Grids(NamedTuple):
     Attributes:
         inputs: (N, 2, H, W) bool; channel 0 marks the two queries, channel 1 the obstacles.
         targets: (N, H, W) bool; every pixel on some shortest path, both queries included.
-        distances: (N,) int64; steps of a shortest path.
+        distances: (N,) int64; the number of steps on a shortest path.
     """
 
     inputs: Tensor
@@ -46,10 +46,10 @@ def generate(n: int, size: int = 32, box: int = 9, obstacle_probability: float =
 
     The first query is uniform over the grid, the second uniform over the box around it: inside the grid, at most
     ``box // 2`` rows and columns away, not the same pixel. Every other pixel is an obstacle with the given probability.
-    Where the queries are not connected, queries and obstacles are drawn again.
+    If the queries are not connected, queries and obstacles are drawn again.
 
-    Random numbers come from a counter-based generator of our own (SplitMix64 of seed, grid, try and pixel), so a seed
-    gives the same grids on every machine and library version, and the first grids of a longer set are those of a shorter.
+    Random numbers come from our own counter-based generator (SplitMix64 of seed, grid, try and pixel), so a seed gives
+    the same grids on every machine and library version, and a longer set begins with the grids of a shorter one.
 
     Args:
         n: number of grids.
@@ -82,7 +82,7 @@ def generate(n: int, size: int = 32, box: int = 9, obstacle_probability: float =
     inputs = np.zeros((n, 2, size, size), dtype=bool)
     targets = np.zeros((n, size, size), dtype=bool)
     distances = np.zeros(n, dtype=np.int64)
-    chunk = max(1, 2**19 // (size * size))  # a chunk's random numbers stay within a cache
+    chunk = max(1, 2**19 // (size * size))  # a chunk's random numbers fit into a cache
     for start in range(0, n, chunk):
         waiting = np.arange(start, min(start + chunk, n))
         for attempt in range(_TRIES):
@@ -121,7 +121,7 @@ def _draw(
     gamma = 0x9E3779B97F4A7C15
     key = _mix64(np.array([seed], dtype=np.uint64) * np.uint64(2) + np.uint64(1))
     key = _mix64(key + grids.astype(np.uint64) * np.uint64(gamma))
-    key = _mix64(key + np.array([attempt * gamma % 2**64], dtype=np.uint64))  # (n,), one stream a grid and try
+    key = _mix64(key + np.array([attempt * gamma % 2**64], dtype=np.uint64))  # (n,), one stream per grid and try
     words = 2 + (size * size + 1) // 2
     steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(gamma)
     raw = _mix64(key[:, None] + steps).view(np.uint32).reshape(len(grids), 2 * words)
@@ -189,8 +189,8 @@ def _neighbours(bits: np.ndarray) -> np.ndarray:
 def _shortest_paths(queries: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Breadth-first search on all grids at once: (n, H, words) bits of the shortest paths' pixels, (n,) steps or 0.
 
-    Forwards the frontiers of all distances are kept; backwards from the second query each frontier is cut down to the
-    pixels that lead on.
+    The forward pass keeps the frontiers of all distances. The backward pass, from the second query, keeps only those
+    pixels of each frontier that lead to it.
     """
     n, height = free.shape[:2]
     index = np.arange(n)
@@ -207,7 +207,7 @@ def _shortest_paths(queries: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, 
     steps = np.zeros(n, dtype=np.int64)
     frontiers = [start]
     unseen = free & ~start
-    active = index  # grids whose search goes on; the others' frontiers are left out
+    active = index  # grids whose search continues; the others' frontiers are left out
     members = [index]
     frontier = start
     while len(active):
@@ -244,8 +244,8 @@ def curriculum(
 def steps_from(inputs: Tensor) -> Tensor:
     """Breadth-first search from the first query in reading order, (N, 2, H, W) bool to its steps (N, H, W) int64.
 
-    The query itself has 0; pixels that the search does not reach, obstacles among them, have -1. Grids without a query
-    raise ValueError.
+    The query itself has 0; pixels that the search does not reach, such as obstacles, have -1. Grids without a query raise
+    ValueError.
     """
     if inputs.dim() != 4 or inputs.shape[1] != 2:
         raise ValueError(f"inputs must be (N, 2, H, W), got {tuple(inputs.shape)}")
@@ -273,7 +273,7 @@ def steps_from(inputs: Tensor) -> Tensor:
 def rectangle_rule(inputs: Tensor) -> Tensor:
     """Mark every free pixel of the rectangle that the two queries span: (N, 2, H, W) bool to (N, H, W) bool.
 
-    Without obstacles that is the exact answer, so this line says how much of a score needs no search at all.
+    Without obstacles this is the exact answer, so the rule shows how much of a score needs no search at all.
     """
     queries, obstacles = inputs[:, 0].bool(), inputs[:, 1].bool()
     rows, columns = queries.any(dim=2), queries.any(dim=1)  # (N, H), (N, W)
@@ -294,7 +294,7 @@ def scores(predictions: Tensor, targets: Tensor) -> dict[str, float]:
         f1: 2 TP / (2 TP + FP + FN) over all pixels of all grids.
         exact: the fraction of grids with every pixel right.
 
-    Raises ValueError for shapes that differ.
+    Raises ValueError for shapes that differ, or without grids.
     """
     if predictions.shape != targets.shape:
         raise ValueError(f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ in shape")
@@ -308,9 +308,9 @@ def scores(predictions: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def scores_beside_the_rule(predictions: Tensor, grids: Grids) -> dict[str, float]:
-    """`scores` of predictions (N, H, W) bool, and as hard_f1 and hard_exact those on the grids where the rule fails.
+    """`scores` of predictions (N, H, W) bool, and as hard_f1 and hard_exact those on grids where the rule fails.
 
-    The rule is `rectangle_rule`; where it fails nowhere, both are 1.
+    The rule is `rectangle_rule`; if it never fails, both are 1.
     """
     hard = (rectangle_rule(grids.inputs) != grids.targets).flatten(1).any(1)  # (N,)
     found = {"f1": 1.0, "exact": 1.0}

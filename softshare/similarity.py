@@ -1,4 +1,4 @@
-"""How alike the layers of a group are: of coefficients, of weights, at the start; and a penalty that raises it."""
+"""How similar the layers of a group are, by coefficients or by weights, and a penalty that makes them more similar."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .sharing import banks
 
 
 def layer_similarity(coefficients: Tensor) -> Tensor:
-    """Layer similarity matrix ``LSM_ij = |cos(alpha(i), alpha(j))|`` (the poster's folding section).
+    """Layer similarity matrix ``LSM_ij = |cos(alpha(i), alpha(j))|`` (from the poster's folding section).
 
     Args:
-        coefficients: (L, k), any floating dtype; worked on in at least float32.
+        coefficients: (L, k), any floating dtype; computed in at least float32.
 
     Returns:
         (L, L), symmetric, in [0, 1], differentiable. A row of zeros has similarity 0 with every row, itself included.
@@ -32,25 +32,25 @@ def layer_similarity(coefficients: Tensor) -> Tensor:
     if coefficients.dim() != 2 or 0 in coefficients.shape:
         raise ValueError(f"coefficients must be a matrix (L, k), got shape {tuple(coefficients.shape)}")
     rows = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
-    # The cosine does not depend on a row's length, so its largest entry is divided out first, as a constant: squares
-    # neither overflow nor vanish, and the gradient is that of the plain formula.
+    # The cosine does not depend on a row's length, so each row is first divided by its largest entry, as a constant:
+    # squares neither overflow nor vanish, and the gradient stays that of the plain formula.
     largest = rows.detach().abs().amax(dim=1, keepdim=True)
     rows = rows / torch.where(largest > 0, largest, 1.0)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows = rows / torch.where(norms > 0, norms, 1.0)
     with without_autocast(rows.device):
         cosines = rows @ rows.T
-    # Some CPUs round a product and its mirror image differently; the mean of both is symmetric to the bit.
+    # Some CPUs round a product and its mirror image differently; the mean of both is exactly symmetric.
     return ((cosines + cosines.T) / 2).abs().clamp(max=1.0)
 
 
 def similarity_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The layer similarity matrix (L, L) of each bank by group name, detached."""
+    """The layer similarity matrix (L, L) of each bank, detached, by group name."""
     return {name: layer_similarity(bank.coefficients.detach()) for name, bank in banks(model).items()}
 
 
 def in_double(tensor: Tensor) -> Tensor:
-    """A detached copy in float64, on the CPU where the device has none (Apple's MPS)."""
+    """A detached copy in float64, on the CPU if the device does not support it (Apple's MPS)."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
@@ -58,7 +58,7 @@ def in_double(tensor: Tensor) -> Tensor:
 def weight_similarity(bank: TemplateBank) -> Tensor:
     """|cos| between the mixed weights themselves, (L, L), detached.
 
-    Unlike the similarity of coefficients it does not depend on the basis: for any invertible M, coefficients times M and
+    Unlike the similarity of coefficients, it does not depend on the basis: for any invertible M, coefficients times M and
     templates times its inverse give the same weights but other coefficient similarities, unless these are exactly 1.
     Computed from the Gram matrix of the templates, (k, k), as ``alpha(i) T T' alpha(j)'``.
     """
@@ -69,9 +69,9 @@ def weight_similarity(bank: TemplateBank) -> Tensor:
 
 
 def recurrence_penalty(model: nn.Module) -> Tensor:
-    """Minus the sum of all entries of all layer similarity matrices: a scalar to be added, times lambda, to the loss.
+    """Minus the sum of all entries of all layer similarity matrices: a scalar to add, times lambda, to the loss.
 
-    It rewards layers for becoming alike ("regularizing the LSM" on the poster; lambda = 0.01 in the authors' rebuttal;
+    It rewards layers for becoming similar ("regularizing the LSM" on the poster; lambda = 0.01 in the authors' rebuttal;
     the form of the sum is our reading). 0 for a model without banks.
     """
     sums = [layer_similarity(bank.coefficients).sum() for bank in banks(model).values()]
@@ -86,13 +86,13 @@ def initial_similarity(
 ) -> Tensor:
     """The largest off-diagonal similarity of each of `draws` fresh coefficient matrices, (draws,).
 
-    For k < L even a fresh bank has similar layers. A similarity after training says something about training only beyond
-    the usual range of this statistic, say its 95th percentile. The default random generator is left as it was.
+    For k < L even a fresh bank has similar layers. A similarity after training means something only if it is beyond the
+    usual range of this statistic, for example its 95th percentile. The default random generator is left as it was.
     """
     count("draws", draws)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the same whatever PyTorch's defaults are
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the same whatever PyTorch's defaults
         largest = torch.zeros(draws, dtype=torch.float32)
-        torch.default_generator.manual_seed(seed)  # that of the CPU alone
+        torch.default_generator.manual_seed(seed)  # the CPU's only
         for draw in range(draws):
             similarity = layer_similarity(initial_coefficients(num_layers, num_templates, init, torch.float32))
             largest[draw] = similarity.fill_diagonal_(0.0).max()

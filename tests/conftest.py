@@ -1,4 +1,4 @@
-"""What all tests share: one thread, fixed seeds, the precision that "auto" is, and networks to share and to fold."""
+"""What all tests share: one thread, fixed seeds, what "auto" precision means, and networks to share and to fold."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ settings.load_profile("tests")
 
 
 def pytest_addoption(parser):
-    told = 'what "auto" precision stands for on the CPU in the processes of the tests (default: what suits this one)'
-    parser.addoption("--auto", choices=("float32", "bfloat16"), help=told)
+    text = 'what "auto" precision stands for on the CPU in the processes of the tests (default: what suits this one)'
+    parser.addoption("--auto", choices=("float32", "bfloat16"), help=text)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def precision_of_auto(request):
-    """The same tests must pass on every machine, whatever units its processor has."""
+    """The same tests must pass on every machine, whatever its processor supports."""
     chosen = request.config.getoption("auto")
     with pytest.MonkeyPatch.context() as patched:
         if chosen:
@@ -71,7 +71,7 @@ FOREIGN = {"transformer": (transformer, (2, 5, 8)), "unet": (UNet, (2, 3, 8, 8))
 
 @pytest.fixture(params=FOREIGN)
 def foreign(request):
-    """A network that nobody here wrote, not yet shared, and a batch for it."""
+    """A network from outside the package, not yet shared, and a batch for it."""
     torch.manual_seed(0)
     make, shape = FOREIGN[request.param]
     return make(), torch.randn(shape)
@@ -93,7 +93,7 @@ def write_coefficients():
 
 @pytest.fixture(scope="session")
 def linears(write_coefficients):
-    """A function that makes a network of linear layers, none of ours, with the given coefficients (L, k)."""
+    """A function that makes a shared network of plain linear layers with the given coefficients (L, k)."""
 
     def make(rows, size=4):
         rows = torch.as_tensor(rows)

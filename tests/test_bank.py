@@ -1,4 +1,4 @@
-"""Template banks: what they mix, how they are stored, and how coefficients and templates start."""
+"""Template banks: what they mix, how they are stored, and how coefficients and templates are initialised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it lists, runs, folds and reports, and how it tells what went wrong."""
+"""The command line: what it lists, runs, folds and reports, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_list_names_every_recipe_and_its_cost(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "SWRN 1-2"], "unknown recipe 'SWRN 1-2'; known: WRN 28-10"),
         (["run", "CNN", "--seed", "-1"], "seed"),
@@ -38,14 +38,14 @@ def test_the_list_names_every_recipe_and_its_cost(capsys):
         (["gpu", "--minutes", "0"], "minutes must be above 0"),
     ],
 )
-def test_wrong_arguments_are_told_in_a_line(arguments, told, capsys):
+def test_wrong_arguments_are_reported_in_one_line(arguments, message, capsys):
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
-    assert told in error and error.startswith(f"softshare {arguments[0]}: ") and "Traceback" not in error
+    assert message in error and error.startswith(f"softshare {arguments[0]}: ") and "Traceback" not in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told(tmp_path, capsys):
+def test_a_missing_gpu_is_reported(tmp_path, capsys):
     assert cli.main(["run", "CNN", "--device", "cuda", "--runs", str(tmp_path)]) == 1
     assert "finds no CUDA GPU on this machine" in capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path, capsys):
     "error", [RuntimeError("CUDA error: an illegal memory access"), torch.OutOfMemoryError("no room")]
 )
 def test_an_error_of_cuda_keeps_its_traceback(error, monkeypatch):
-    """Cut to one line nobody could tell where it came from."""
+    """Cut to one line, it would not show where it came from."""
 
     def failing(*_, **__):
         raise error
@@ -67,12 +67,12 @@ def test_an_error_of_cuda_keeps_its_traceback(error, monkeypatch):
 def test_run_fold_and_report_from_the_command_line(tmp_path, capsys):
     places = ["--runs", str(tmp_path), "--checkpoints", str(tmp_path / "c")]
     assert cli.main(["run", "SCNN", "--quiet", *places]) == 0
-    told = capsys.readouterr().out
-    assert "SCNN, profile fast, seed 0, shortest paths, generated: trained in" in told and "record" in told
+    output = capsys.readouterr().out
+    assert "SCNN, profile fast, seed 0, shortest paths, generated: trained in" in output and "record" in output
     assert cli.main(["fold", "SCNN", "--threshold", "0.3", "--output", str(tmp_path / "o" / "x-0.3"), *places]) == 0
-    told = capsys.readouterr().out
-    assert "layers: 1 -> " in told and " 20 distinct layers" in told
-    errors = [float(line.split()[-1].rstrip("%")) for line in told.splitlines() if "test error" in line]
+    output = capsys.readouterr().out
+    assert "layers: 1 -> " in output and " 20 distinct layers" in output
+    errors = [float(line.split()[-1].rstrip("%")) for line in output.splitlines() if "test error" in line]
     assert len(errors) == 4 and all(0 <= error <= 100 for error in errors)
     saved = softshare.FoldPlan.from_json((tmp_path / "o" / "x-0.3.json").read_text())
     assert 1 <= saved.distinct_layers < 20
@@ -82,9 +82,9 @@ def test_run_fold_and_report_from_the_command_line(tmp_path, capsys):
     (analysis,) = find_records(tmp_path, "fold of SCNN")
     assert analysis.metrics["distinct_at_0.3"] == saved.distinct_layers
     assert cli.main(["report", "--runs", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "2 records in" in told and "ResNeXt-29 16x64" in told and "rectangle rule" in told
-    (line,) = (line for line in told.splitlines() if line.startswith("SCNN  "))
+    output = capsys.readouterr().out
+    assert "2 records in" in output and "ResNeXt-29 16x64" in output and "rectangle rule" in output
+    (line,) = (line for line in output.splitlines() if line.startswith("SCNN  "))
     assert "not run" in line and "fast" not in line  # a run of profile fast fills no cell
 
 
@@ -101,8 +101,17 @@ def fold_of(folder, *arguments):
     return cli.main(["fold", "SCNN", "--rehearse", *places, *arguments])
 
 
-def test_every_path_option_knows_the_home_folder(rehearsed, monkeypatch, tmp_path, capsys):
-    """As ``--output=~/x``, where no shell puts in the folder."""
+@pytest.mark.parametrize("words", [["scnn"], ["SCNN", "lambda", "0.01"], ["scnn lambda  0.01"]])
+def test_names_of_recipes_need_neither_quotation_marks_nor_capitals(words, tmp_path, capsys):
+    places = ["--runs", str(tmp_path), "--checkpoints", str(tmp_path)]
+    assert cli.main(["run", *words, "--rehearse", "--quiet", *places]) == 0
+    assert capsys.readouterr().out.startswith(
+        "SCNN lambda 0.01," if len(words[0].split()) > 1 or words[1:] else "SCNN,"
+    )
+
+
+def test_every_path_option_expands_the_home_folder(rehearsed, monkeypatch, tmp_path, capsys):
+    """As in ``--output=~/x``, where the shell does not expand the ``~``."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.main(["run", "SCNN", "--rehearse", "--quiet", "--runs=~/r", "--checkpoints=~/c"]) == 0
     assert cli.main(["fold", "SCNN", "--rehearse", "--runs=~/r", "--checkpoints=~/c", "--output=~/o/fold-0.9"]) == 0
@@ -112,7 +121,9 @@ def test_every_path_option_knows_the_home_folder(rehearsed, monkeypatch, tmp_pat
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["fold-0.9.json", "fold-0.9.safetensors"]
 
 
-def test_plan_and_weights_belong_together_and_a_full_disk_is_one_line(rehearsed, monkeypatch, tmp_path, capsys):
+def test_plan_and_weights_belong_together_and_a_full_disk_is_reported_in_one_line(
+    rehearsed, monkeypatch, tmp_path, capsys
+):
     assert fold_of(rehearsed, "--output", str(tmp_path / "f")) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with safe_open(tmp_path / "f.safetensors", "pt") as file:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, what their checksums notice, and where the project keeps things."""
+"""Files that are complete or absent, what their checksums notice, and where the project stores things."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from softshare import files
 from softshare.files import atomic_file, content_checksum, file_checksum, writable, write_json, write_together
 
-# ----------------------------------------------------------------------------------------------------------- whole files
+# -------------------------------------------------------------------------------------------------------- complete files
 
 
-def test_a_file_stands_there_once_it_is_whole(tmp_path):
+def test_a_file_appears_once_it_is_complete(tmp_path):
     path = tmp_path / "new" / "folder" / "a.bin"
     with atomic_file(path) as file:
         file.write(b"first ")
@@ -29,12 +30,12 @@ def test_a_file_stands_there_once_it_is_whole(tmp_path):
     with atomic_file(path) as file:
         file.write(b"other")
         file.flush()
-        assert path.read_bytes() == b"first second", "what was there stays until the new one is whole"
+        assert path.read_bytes() == b"first second", "the old file stays until the new one is complete"
     assert path.read_bytes() == b"other" and os.listdir(path.parent) == ["a.bin"]
 
 
 def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch):
-    """No byte of either is lost when the disk is full at the second."""
+    """No byte of either is lost if the disk fills up at the second."""
     both = [tmp_path / "plan.json", tmp_path / "weights.bin"]
     write_together([(path, b"old") for path in both])
     fsync = os.fsync
@@ -57,7 +58,7 @@ def test_files_that_belong_together_are_all_new_or_all_old(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad"), KeyboardInterrupt()])
 @pytest.mark.parametrize("before", [b"old", None])
-def test_after_an_error_what_was_there_is_there(tmp_path, error, before):
+def test_an_error_leaves_the_old_file(tmp_path, error, before):
     path = tmp_path / "a.bin"
     if before is not None:
         path.write_bytes(before)
@@ -68,7 +69,7 @@ def test_after_an_error_what_was_there_is_there(tmp_path, error, before):
     assert before is None or path.read_bytes() == before
 
 
-def test_after_a_kill_at_most_a_part_is_left_beside_it(tmp_path):
+def test_a_kill_leaves_at_most_a_part_file_behind(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     child = os.fork()
@@ -79,11 +80,11 @@ def test_after_a_kill_at_most_a_part_is_left_beside_it(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert path.read_bytes() == b"old"
-    assert sorted(os.listdir(tmp_path)) == ["a.bin", f"a.bin.{child}.part"]
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", f"a.bin.{child}-{threading.get_ident()}.part"]
 
 
 def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    """The order matters when the power goes: a name without bytes would be an empty file in place of a good one."""
+    """The order matters if the power fails: a name without bytes would be an empty file in place of a good one."""
     done = []
     fsync, replace = os.fsync, Path.replace
 
@@ -125,13 +126,13 @@ def test_json_is_read_as_written_and_any_change_is_noticed(tmp_path_factory, fie
         assert content_checksum(changed) != content_checksum(fields)
 
 
-def test_a_checksum_is_of_the_content_and_not_of_its_order_or_of_itself():
+def test_a_checksum_covers_the_content_but_not_its_order_or_itself():
     expected = hashlib.sha256(b'{"a": 1, "b": [1, 2]}').hexdigest()[:16]
     for fields in ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, {"content": "x", "b": [1, 2], "a": 1}):
         assert content_checksum(fields) == expected
 
 
-def test_json_that_cannot_be_written_costs_nothing(tmp_path):
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     before = (tmp_path / "a.json").read_bytes()
     with pytest.raises(TypeError, match="JSON"):
@@ -150,22 +151,22 @@ def test_checksums_of_files(tmp_path, size):
 # --------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_a_checkout_keeps_its_data_beside_the_package(tmp_path, monkeypatch):
+def test_a_checkout_keeps_its_data_next_to_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "softshare")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "softshare"\n')
     (tmp_path / "data" / "paper").mkdir(parents=True)
     assert files.checkout() == tmp_path
     assert files.data_folder("runs") == files.bundled_folder("runs") == tmp_path / "data" / "runs"
     assert files.cache_folder() == tmp_path / "data" / "cache"
-    assert not (tmp_path / "data" / "cache").exists(), "asking makes nothing"
+    assert not (tmp_path / "data" / "cache").exists(), "asking creates nothing"
 
 
 @pytest.mark.parametrize(
     "project", [None, "", '[project]\nname = "another"\n', b"\xff", '[project]\nname = "softshare"\n']
 )
 def test_an_installed_package_has_no_checkout(tmp_path, monkeypatch, project):
-    """It brings what is committed, and writes where the user works."""
-    if project is not None:  # some wheels leave theirs beside the packages; the last one is even our own
+    """It includes what is committed, and writes where the user works."""
+    if project is not None:  # some wheels leave theirs next to the packages; the last one is even our own
         (tmp_path / "pyproject.toml").write_bytes(project if isinstance(project, bytes) else project.encode())
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "softshare")
     (tmp_path / "here").mkdir()
@@ -199,7 +200,7 @@ def homeless(monkeypatch, tmp_path):
     files._temporary_cache.cache_clear()
 
 
-def test_without_a_home_the_cache_is_among_the_temporary_files_and_its_users_own(homeless):
+def test_without_a_home_the_cache_is_a_private_temporary_folder(homeless):
     folder = files.cache_folder()
     assert folder == files.cache_folder() and folder.parent == homeless
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -222,7 +223,7 @@ def test_a_place_that_somebody_else_prepared_is_not_trusted(homeless, trap):
     assert folder != place and folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_path_from_outside_knows_the_home_folder_or_says_that_there_is_none(tmp_path, monkeypatch, request):
+def test_a_path_from_outside_expands_the_home_folder_or_reports_that_there_is_none(tmp_path, monkeypatch, request):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.user_path("~/x") == tmp_path / "x" and files.user_path(Path("~/x.y")) == tmp_path / "x.y"
     request.getfixturevalue("homeless")
@@ -231,8 +232,8 @@ def test_a_path_from_outside_knows_the_home_folder_or_says_that_there_is_none(tm
         files.user_path("~/x")
 
 
-def test_every_path_of_the_package_that_a_user_gives_knows_the_home_folder():
-    """Path.expanduser is called in one place alone, so that no option is treated unlike its neighbour."""
+def test_every_path_given_by_a_user_expands_the_home_folder():
+    """Path.expanduser is called in one place only, so that all options are treated the same."""
     package = Path(files.__file__).parent
     found = [path.name for path in package.rglob("*.py") if ".expanduser" in path.read_text(encoding="utf-8")]
     assert found == ["files.py"]
@@ -248,3 +249,22 @@ def test_a_folder_is_writable_or_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"nothing can be written to the folder {tmp_path / 'file' / 'below'}"):
         writable(tmp_path / "file" / "below")
+
+
+def test_threads_that_write_the_same_file_do_not_interfere(tmp_path):
+    path, failed = tmp_path / "a.json", []
+
+    def work(number):
+        try:
+            for _ in range(30):
+                write_json(path, {"number": number, "text": "x" * 1000 * number})
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = json.loads(path.read_text())
+    assert not failed and found["text"] == "x" * 1000 * found["number"] and os.listdir(tmp_path) == ["a.json"]

@@ -15,8 +15,8 @@ from softshare import FoldPlan, banks, fold, models, plan_fold, share_, tie, uns
 from softshare.folded import sweep
 
 
-def settled(model):
-    """The model with BatchNorms as after some training."""
+def with_realistic_statistics(model):
+    """The model, with BatchNorm statistics and parameters as after some training."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -50,7 +50,7 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_exact_ties_change_no_output(case, training, write_coefficients, tied_rows):
     make, group, clusters, shape = EXACT[case]
-    model = settled(make()).train(training)
+    model = with_realistic_statistics(make()).train(training)
     bank = banks(model)[group]
     write_coefficients(model, tied_rows(clusters, bank.num_templates, bank.num_layers), group)
     before = copy.deepcopy(model.state_dict())
@@ -68,7 +68,7 @@ def test_exact_ties_change_no_output(case, training, write_coefficients, tied_ro
 
 def test_in_double_precision_exact_ties_change_nothing_at_all(write_coefficients, tied_rows):
     for make, group, clusters, shape in EXACT.values():
-        model = settled(make()).double()
+        model = with_realistic_statistics(make()).double()
         bank = banks(model)[group]
         write_coefficients(model, tied_rows(clusters, bank.num_templates, bank.num_layers, torch.double), group)
         x = torch.rand(shape, dtype=torch.double)
@@ -76,7 +76,7 @@ def test_in_double_precision_exact_ties_change_nothing_at_all(write_coefficients
 
 
 def test_every_step_keeps_its_own_batchnorm(write_coefficients, tied_rows):
-    model = settled(models.swrn(40, 1, 8, dropout=0.3))
+    model = with_realistic_statistics(models.swrn(40, 1, 8, dropout=0.3))
     write_coefficients(model, tied_rows(LOOP, 8, 10))
     folded = fold(model, 1.0)
     norms = {}
@@ -131,7 +131,7 @@ def test_loops_are_found_where_the_network_is_part_of_another(write_coefficients
 @pytest.mark.parametrize("templates", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("clusters", [[], [(1, 3, 5), (2, 4, 6)], [(2, 3)], [(1, 6), (2, 5), (3, 4)]])
 def test_parameters_by_closed_form(templates, clusters):
-    """As many plain weights as distinct layers where these are no more than templates; else templates and a row each."""
+    """One plain weight per distinct layer if there are no more of these than templates; else templates and a row each."""
     model = models.gridnet(layers=6, width=3, templates=templates)
     plan = tie(model, {"layers": clusters})
     folded = fold(model, plan)
@@ -192,7 +192,7 @@ def test_dtype_memory_format_and_frozen_parameters_stay(dtype):
 
 def test_modules_keep_their_mode():
     model = models.gridnet(6, 3, 2)
-    model.layers[3].norm.eval()  # held, as in fine-tuning
+    model.layers[3].norm.eval()  # frozen, as in fine-tuning
     folded = fold(model, tie(model, {"layers": [(2, 3), (4, 5)]}))
     held = [name for name, module in folded.named_modules() if not module.training]
     assert len(held) == 1 and "norm" in held[0]
@@ -208,7 +208,7 @@ def test_folding_draws_no_random_numbers():
 
 
 def test_folding_twice():
-    model = settled(models.swrn(28, 1, 2)).eval()
+    model = with_realistic_statistics(models.swrn(28, 1, 2)).eval()
     ties = {"stage1": [(1, 3), (2, 4)], "stage3": [(1, 2, 3)]}
     first = tie(model, {"stage1": ties["stage1"]})
     once = fold(model, first)
@@ -237,7 +237,7 @@ def test_a_plan_of_another_model_is_refused():
 @pytest.mark.parametrize("templates", [2, 8])
 def test_a_saved_folded_model_loads_from_its_plan(templates, tmp_path):
     def make():
-        return settled(models.swrn(40, 1, templates)).eval()
+        return with_realistic_statistics(models.swrn(40, 1, templates)).eval()
 
     model = make()
     plan = tie(model, {"stage1": LOOP, "stage2": [(1, 2)], "stage3": [(2, 9), (1, 3, 5), (4, 6)]})
@@ -290,7 +290,7 @@ def test_a_folded_model_trains_copies_checkpoints_and_unshares(folded_network):
     assert not any("Shared" in type(module).__name__ for module in plain.modules())
     folded(x).square().sum().backward()
     grads = [parameter.grad.clone() for parameter in folded.parameters()]
-    assert all(grad.abs().sum() > 0 for grad in grads), "everything that is held is used"
+    assert all(grad.abs().sum() > 0 for grad in grads), "every parameter is used"
     for reentrant in (True, False):
         folded.zero_grad()
         checkpoint(folded, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
@@ -314,7 +314,7 @@ def test_a_folded_model_compiles_into_one_graph(folded_network):
     torch.testing.assert_close(compiled(x), folded(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_folded_model_can_be_reset_and_saved_where_a_layer_stands_twice(tmp_path):
+def test_a_folded_model_can_be_reset_and_saved_if_a_layer_occurs_twice(tmp_path):
     first = nn.Linear(4, 4, bias=False)
     model = nn.Sequential(first, nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), first)
     share_(model, 3)

@@ -1,4 +1,4 @@
-"""Plans of folding: which layers tie, which repeats become loops, and how a plan is said, read and refused."""
+"""Plans of folding: which layers tie, which repeats become loops, and how a plan is printed, read and refused."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_multiples_rounded_to_float32_are_tied_at_one(seed, exponent):
 
 @pytest.mark.parametrize("angle", [1e-3, 4e-5, 5e-6])
 def test_nearly_equal_layers_are_not_tied_at_one(angle):
-    """A difference that float32 outputs show is no tie."""
+    """Layers that differ visibly in float32 outputs are not tied."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).double()
     (bank,) = share_(model, 2).values()
@@ -120,12 +120,12 @@ def test_a_threshold_outside_its_range(threshold, linears):
 
 
 @pytest.mark.parametrize("threshold", ["0.8", None, True, [0.8]])
-def test_a_threshold_that_is_no_number(threshold, linears):
+def test_a_threshold_that_is_not_a_number(threshold, linears):
     with pytest.raises(TypeError, match="threshold"):
         fold(linears(torch.eye(3)), threshold)
 
 
-def test_the_threshold_may_be_a_whole_one(linears):
+def test_the_threshold_may_be_an_integer(linears):
     assert plan_fold(linears(torch.eye(3)), 1).threshold == 1.0
 
 
@@ -141,7 +141,7 @@ def test_coefficients_that_are_not_finite_are_refused(linears):
         plan_fold(linears([[1.0, float("nan")], [1.0, 0.0]]), 0.9)
 
 
-# ---------------------------------------------------------------------------------------------- plans, as said and read
+# ------------------------------------------------------------------------------------------- printing and reading plans
 
 
 def test_a_plan_prints_as_a_person_would_say_it(write_coefficients, tied_rows):
@@ -215,7 +215,7 @@ def test_a_plan_goes_to_json_and_back(seed, threshold):
 def edited(change):
     plan = json.loads(tie(models.gridnet(layers=4, width=1, templates=2), {"layers": [(1, 2)]}).to_json())
     change(plan["groups"][0])
-    return json.dumps(plan | {"content": content_checksum(plan)})  # a wrong plan with a right checksum
+    return json.dumps(plan | {"content": content_checksum(plan)})  # a wrong plan with a correct checksum
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def edited(change):
         edited(lambda group: group.update(loops=[{"start": 0, "length": 1, "repeats": 2}])),
     ],
 )
-def test_text_that_is_no_plan(text):
+def test_text_that_is_not_a_plan(text):
     with pytest.raises(ValueError, match="not a fold plan"):
         FoldPlan.from_json(text)
 
@@ -259,7 +259,7 @@ def test_a_plan_that_was_edited_by_hand_says_so(data):
 
 def test_a_plan_without_its_checksum_is_refused():
     fields = json.loads(tie(models.gridnet(4, 1, 2), {}).to_json())
-    assert FoldPlan.from_json(json.dumps(fields)).total_layers == 4, "how it is spaced does not matter"
+    assert FoldPlan.from_json(json.dumps(fields)).total_layers == 4, "spacing does not matter"
     del fields["content"]
     with pytest.raises(ValueError, match="edited by hand"):
         FoldPlan.from_json(json.dumps(fields))

@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING tell people to type does what they say; the workflow files are well formed."""
+"""The commands in README and CONTRIBUTING do what these pages say; the workflow files are well formed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(page: str, language: str, section: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-def test_the_readmes_lines_work_on_a_model_of_ones_own(capsys):
+def test_the_readmes_lines_work_on_a_users_own_model(capsys):
     (code,) = blocks("README.md", "python")
     assert len(code.strip().split("\n")) <= 10
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_commands_of_the_front_pages_exist():
             assert set(line.split()) <= targets, (page, line)
 
 
-def test_workflows_are_read_as_meant():
+def test_workflows_parse_as_intended():
     found = sorted((TOP / ".github" / "workflows").glob("*.yml"))
     assert [path.stem for path in found] == ["publish", "test"]
     for path in found:
@@ -112,4 +112,4 @@ def test_the_five_lines_of_each_recipe_for_contributors_run(checkout, section, m
     if section == "Add a recipe":
         assert len(list((checkout / "data/runs/fast").glob("wrn-16-4-fast-*.json"))) == 1
         told = re.findall(r"WRN 16-4, profile fast, seed 0, digits: trained in (.*)", done.stdout)
-        assert len(told) == 2 and told[0] == told[1], "the second time it only finds what the first one wrote"
+        assert len(told) == 2 and told[0] == told[1], "the second run only finds what the first one wrote"

@@ -1,4 +1,4 @@
-"""The package as a whole: what it imports, what it brings when it is installed, and how its rooms are laid out."""
+"""The package as a whole: what it imports, what it includes when installed, and how its files are laid out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOP = Path(__file__).resolve().parents[1]
 PACKAGE = TOP / "softshare"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From below: a module imports from its own folder and from those named before it.
+# From the bottom up: a module imports from its own folder and from those listed before it.
 FLOORS = ("", "models", "images", "training", "speed", "studies", "pictures")
 METHOD = ("bank", "sharing", "similarity", "folding", "folded", "shortest_path")
 METHOD_MODELS = ("blocks", "wide_resnet", "grid")
@@ -25,7 +25,7 @@ def module_of(path: Path) -> tuple[str, ...]:
 
 
 def imports_of(path: Path) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Every import of our own in a file, wherever it stands: the module's parts within the package, and the names."""
+    """Every import of our own in a file, wherever it is: the module's parts within the package, and the names."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -62,12 +62,12 @@ def test_no_file_imports_from_a_folder_above_its_own():
             assert FLOORS.index(below) <= floor or target == ("models", "blocks"), f"{path} imports {target}"
 
 
-def test_there_are_no_circles():
+def test_there_are_no_import_cycles():
     edges = {module_of(path): targets_of(path) - {("__init__",)} for path in FILES}
     done: set[tuple[str, ...]] = set()
 
     def visit(module: tuple[str, ...], above: tuple[tuple[str, ...], ...]) -> None:
-        assert module not in above, f"a circle: {[*above, module]}"
+        assert module not in above, f"an import cycle: {[*above, module]}"
         if module not in done:
             for target in edges.get(module, ()):
                 visit(target, (*above, module))
@@ -77,13 +77,13 @@ def test_there_are_no_circles():
         visit(module, ())
 
 
-def test_no_private_name_of_another_module_is_taken():
+def test_no_private_name_of_another_module_is_used():
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         taken = [
             name for _, names in imports_of(path) for name in names if name.startswith("_") and name != "__version__"
         ]
-        assert not taken, f"{path} takes {taken}"
+        assert not taken, f"{path} uses {taken}"
         modules = {name for base, names in imports_of(path) for name in names if (*base, name) in map(module_of, FILES)}
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
@@ -96,7 +96,7 @@ def length_without_docstring(node: ast.AST) -> int:
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((TOP / "book").glob("*.py"))], ids=lambda path: path.name)
-def test_rooms_are_small(path):
+def test_files_and_functions_are_small(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 450
     tree = ast.parse(text)
@@ -114,7 +114,7 @@ def test_the_method_is_read_in_an_evening():
 
 
 def test_every_module_has_its_tests():
-    """Tests mirror the package; a file without one of its own is tested with its neighbour, as said here."""
+    """Tests mirror the package; a file without its own test file is tested with its neighbour, as listed here."""
     elsewhere = {
         ("arguments",): "test_bank.py",
         ("models", "blocks"): "test_folded.py",
@@ -137,7 +137,7 @@ def test_the_api_page_has_every_module():
     assert shown == modules - {"softshare.cli"}
 
 
-def test_the_core_needs_torch_numpy_pillow_and_matplotlib_alone():
+def test_the_core_needs_only_torch_numpy_pillow_and_matplotlib():
     """Everything else is imported where it is used."""
     code = """
 import sys
@@ -158,8 +158,8 @@ softshare.shortest_path.generate(3)
 
 
 @pytest.mark.long
-def test_an_installed_package_brings_its_data(tmp_path):
-    """What the chapters read travels in the wheel: no checkout is at hand on Colab."""
+def test_an_installed_package_includes_its_data(tmp_path):
+    """The wheel includes what the chapters read, as there is no checkout on Colab."""
     source = tmp_path / "source"
     shutil.copytree(TOP, source, ignore=shutil.ignore_patterns(".*", "book", "tests", "cache", "fast", "*.egg-info"))
     target = tmp_path / "site"

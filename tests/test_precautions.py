@@ -1,4 +1,4 @@
-"""Models that nobody here has seen: what is left alone, refused or warned of, and whether the reason is named."""
+"""Unknown models: what is left alone, refused or warned about, and whether the reason is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def freeze(module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_freezing_the_layer_that_registers_the_bank_is_warned_of(bias):
+def test_freezing_the_layer_that_registers_the_bank_warns(bias):
     """It freezes the weights of all four layers."""
     model = nn.Sequential(*(nn.Sequential(layer, nn.LayerNorm(8)) for layer in stack(bias=bias)))
     share_(model, 2)
@@ -37,8 +37,8 @@ def test_freezing_the_layer_that_registers_the_bank_is_warned_of(bias):
         decay_groups(model, 0.1)
 
 
-def test_freezing_another_layer_is_warned_of():
-    """It freezes a bias and nothing else."""
+def test_freezing_another_layer_warns():
+    """It freezes only a bias."""
     model = stack()
     share_(model, 2)
     freeze(model[3])
@@ -161,7 +161,7 @@ def test_overlaps_are_found_whatever_their_order():
     found = overlapping_weights(model)
     assert {name for name, p in model.named_parameters() if id(p) in found} == {"a", "b", "c"}
     with torch.device("meta"):
-        assert overlapping_weights(stack(3)) == set(), "where nothing has an address"
+        assert overlapping_weights(stack(3)) == set(), "on the meta device nothing has an address"
 
 
 class Mine(nn.Linear):
@@ -172,7 +172,7 @@ class Mine(nn.Linear):
         self.source, self.name, self.init = "mine", "a", "b"
 
 
-def test_attributes_of_a_layers_own_survive():
+def test_a_layers_own_attributes_survive():
     model = nn.Sequential(Mine(), Mine())
     share_(model, 2)
     for layer in (*model, *unshare(model)):
@@ -194,13 +194,13 @@ def test_attributes_of_a_layers_own_survive():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_a_weight_of_its_own_is_refused_with_the_way_that_works(way):
+def test_giving_a_shared_layer_its_own_weight_is_refused_with_the_way_that_works(way):
     model = stack(2)
     share_(model, 2)
     before = model(torch.ones(1, 8))
     with pytest.raises((RuntimeError, AttributeError), match="mixed from its template bank .* softshare.unshare"):
         way(model[1])
-    torch.testing.assert_close(model(torch.ones(1, 8)), before, msg="and nothing is broken")
+    torch.testing.assert_close(model(torch.ones(1, 8)), before, msg="the model is broken")
     plain = unshare(model)
     way(plain[1])
 
@@ -214,7 +214,7 @@ def test_plain_weights_are_not_dropped_silently(strict):
     model.load_state_dict(model.state_dict(), strict=strict)
 
 
-def test_reading_other_parameters_works_as_ever():
+def test_reading_other_parameters_works_as_usual():
     model = stack(2)
     share_(model, 2)
     parameters = model[0]._parameters
@@ -245,7 +245,7 @@ def test_what_is_made_under_inference_mode_learns_or_is_refused():
 
 
 @pytest.mark.parametrize("make", [lambda: softshare.models.wrn(10, 1), lambda: softshare.models.gridnet(2, 4)])
-def test_networks_of_ours_can_be_traced_and_say_that_they_cannot_be_scripted(make):
+def test_our_networks_can_be_traced_and_report_that_they_cannot_be_scripted(make):
     model = make().eval()
     channels = 2 if isinstance(model, softshare.models.grid.GridNet) else 3
     x = torch.randn(2, channels, 16, 16)
@@ -273,15 +273,79 @@ def test_features_of_a_traced_network_are_its_stages():
     torch.testing.assert_close(traced(x), model.stage2(model.stage1(model.stem(x))))
 
 
-def test_a_head_that_somebody_replaced_is_called():
+def test_a_replaced_head_is_called():
     model = softshare.models.wrn(10, 1).eval()
     model.classifier = nn.Identity()
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 64)
 
 
-def test_a_shared_model_says_that_it_cannot_be_scripted():
+def test_a_shared_model_reports_that_it_cannot_be_scripted():
     model = stack(2)
     share_(model, 2)
     with pytest.raises(RuntimeError, match="softly shared model cannot be scripted.*softshare.unshare"):
         torch.jit.script(model)
     torch.jit.script(unshare(model))
+
+
+# ----------------------------------------------------------------------------------------- sharing at the wrong moment
+
+
+def test_an_optimizer_made_before_sharing_warns_at_its_first_step():
+    """It would silently train only the biases."""
+    model = stack()
+    early = torch.optim.Adam(model.parameters(), lr=0.1)
+    share_(model, 2)
+    late = torch.optim.SGD(decay_groups(model, 0.0), lr=0.1)
+    model(torch.randn(3, 8)).square().sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        late.step()
+    with pytest.warns(
+        UserWarning, match="optimizer was made before share_: 4 of its parameters belong to no layer"
+    ) as caught:
+        early.step()
+    assert caught[0].filename == __file__, "the warning points at the step"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        early.step()  # once is enough
+
+
+def test_optimizers_of_other_models_do_not_warn():
+    model, other = stack(), stack()
+    kept = list(model.parameters())  # keeping a reference trains nothing
+    share_(model, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.randn(3, 8)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert len(kept) == 8
+
+
+def test_a_model_that_is_already_wrapped_is_refused(tmp_path):
+    """The wrapper already knows whose gradients it averages; those of the banks would differ between processes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = stack()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(RuntimeError, match="share the model first, then wrap it in DistributedDataParallel"):
+            share_(wrapped, 2)
+        assert banks(model) == {}
+        share_(model, 2)
+        again = nn.parallel.DistributedDataParallel(model)
+        again(torch.randn(3, 8)).sum().backward()
+        assert banks(again)["Linear 8x8"].templates.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_group_is_named_without_addresses():
+    """Its name is written into plans, which must fit the same model in another process."""
+
+    class Key:
+        pass
+
+    model, key = stack(), Key()
+    share_(model, 2, lambda name, layer: key)
+    (name,) = banks(model)
+    assert "0x" not in name and "Key object" in name

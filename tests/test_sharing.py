@@ -1,4 +1,4 @@
-"""`share_` and all that it promises on anybody's model, `banks`, `decay_groups` and `unshare`."""
+"""`share_` and all that it promises for any model, `banks`, `decay_groups` and `unshare`."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_select_makes_the_groups():
     assert isinstance(model[0]._parameters["weight"], nn.Parameter)
 
 
-def test_groups_of_one_name_stay_apart():
+def test_groups_with_the_same_name_stay_separate():
     model = stack(4)
     first = share_(model, 1, lambda name, _: "g" if name in "01" else None)
     second = share_(model, 1, lambda name, _: "g")
@@ -194,7 +194,7 @@ def test_groups_of_one_name_stay_apart():
     assert [drawing(model, bank) for bank in banks(model).values()] == [["0", "1"], ["2", "3"]]
 
 
-def test_a_module_used_at_two_places_is_one_layer():
+def test_a_module_used_in_two_places_is_one_layer():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(conv, nn.ReLU(), conv, nn.Conv2d(4, 4, 3, padding=1))
     (bank,) = share_(model, 2).values()
@@ -214,7 +214,7 @@ def test_mixed_weights_keep_the_mean_square(init):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_svd_starts_from_the_present_weights(kind):
+def test_svd_starts_from_the_current_weights(kind):
     model = nn.ModuleList(KINDS[kind][0]() for _ in range(4)).double()
     weights = torch.stack([layer.weight.detach() for layer in model])
     few, all_ = copy.deepcopy(model), copy.deepcopy(model)
@@ -248,7 +248,7 @@ def test_share_refuses_bad_arguments_and_changes_nothing(arguments, error, says)
     assert all(before[name] is parameter for name, parameter in model.named_parameters()) and banks(model) == {}
 
 
-def test_share_wants_a_module():
+def test_share_needs_a_module():
     with pytest.raises(TypeError, match="list"):
         share_([nn.Linear(2, 2)], 1)
 
@@ -305,7 +305,7 @@ def test_layers_that_cannot_be_shared_are_left_alone_and_named_in_one_warning():
     assert prune.is_pruned(model["pruned"])
 
 
-def test_no_warning_where_select_leaves_a_frozen_layer_out(recwarn):
+def test_no_warning_if_select_leaves_a_frozen_layer_out(recwarn):
     model = stack(3)
     model[0].weight.requires_grad_(False)
     share_(model, 1, lambda name, _: None if name == "0" else "rest")
@@ -315,7 +315,7 @@ def test_no_warning_where_select_leaves_a_frozen_layer_out(recwarn):
 # ---------------------------------------------------------------------------------------------- reading and writing weights
 
 
-def test_the_weight_is_mixed_for_whoever_reads_it():
+def test_the_weight_is_mixed_whenever_it_is_read():
     model = stack(3)
     (bank,) = share_(model, 2).values()
     torch.testing.assert_close(torch.stack([layer.weight for layer in model]), bank())
@@ -493,7 +493,7 @@ def test_unshare_of_a_plain_model_is_a_copy():
     assert_same(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------- the tools of PyTorch
+# ---------------------------------------------------------------------------------------------------- PyTorch's own tools
 
 
 def test_foreign_networks_train(foreign):
@@ -625,7 +625,7 @@ def test_data_parallel_raises_both_ways():
         nn.DataParallel(nn.Sequential(nn.ReLU(), model))
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
         share_(nn.DataParallel(stack(3)), 2)
-    nn.DataParallel(stack(3))  # plain models are nobody's business
+    nn.DataParallel(stack(3))  # plain models are unaffected
 
 
 # --------------------------------------------------------------------------------------- memory formats, dtypes and devices
@@ -734,11 +734,11 @@ def test_a_frozen_bank_gets_no_gradient():
 # ----------------------------------------------------------------------------------------------------------- decay_groups
 
 
-def test_decay_groups_tell_coefficients_by_identity():
+def test_decay_groups_recognise_coefficients_by_identity():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.coefficients = nn.Parameter(torch.ones(2))  # of no bank
+            self.coefficients = nn.Parameter(torch.ones(2))  # belongs to no bank
             self.layers = stack(3)
 
     model = Odd()
@@ -797,7 +797,7 @@ def test_any_stack_of_layers_keeps_its_promises(data):
     assert len(list(itertools.chain(model.parameters()))) == len(model.state_dict())
 
 
-def test_a_repeated_first_layer_leaves_the_state_dict_without_doubles(tmp_path):
+def test_a_repeated_first_layer_leaves_the_state_dict_without_duplicates(tmp_path):
     first = nn.Linear(4, 4, bias=False)
     model = nn.Sequential(first, nn.Linear(4, 4, bias=False), first)
     softshare.share_(model, 2)
@@ -805,7 +805,7 @@ def test_a_repeated_first_layer_leaves_the_state_dict_without_doubles(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
 
 
-def test_resetting_draws_the_bank_anew():
+def test_resetting_redraws_the_bank():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     (bank,) = softshare.share_(model, 2).values()
     before = bank().detach().clone()
@@ -813,7 +813,7 @@ def test_resetting_draws_the_bank_anew():
     assert not torch.equal(bank(), before) and bank().isfinite().all()
 
 
-def test_unshared_weights_learn_or_not_as_their_bank():
+def test_unshared_weights_are_trainable_if_their_bank_was():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     softshare.share_(model, 2)
     assert all(parameter.requires_grad for parameter in softshare.unshare(model).parameters())
@@ -845,12 +845,12 @@ def test_a_bank_that_was_cut_off_is_named_before_training():
     ],
 )
 @pytest.mark.parametrize("model", [None, 3, "model", []])
-def test_what_is_no_model_is_a_type_error(call, model):
+def test_anything_but_a_model_is_a_type_error(call, model):
     with pytest.raises(TypeError, match="torch.nn.Module"):
         call(model)
 
 
-def test_select_that_cannot_work_is_a_type_error():
+def test_an_invalid_select_is_a_type_error():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     with pytest.raises(TypeError, match="select must be a function"):
         softshare.share_(model, 2, select="all")
@@ -859,7 +859,7 @@ def test_select_that_cannot_work_is_a_type_error():
     assert softshare.banks(model) == {}
 
 
-def test_a_class_with_a_state_of_its_own_is_copied_by_it():
+def test_a_class_with_its_own_getstate_is_copied_with_it():
     class Odd(nn.Linear):
         def __getstate__(self):
             return {key: value for key, value in self.__dict__.items() if key != "handle"}

@@ -66,9 +66,9 @@ def test_any_size(size):
         assert sorted(map(tuple, target.nonzero().tolist())) == sorted(on)
 
 
-def test_the_whole_grid_can_be_walked():
+def test_paths_can_use_the_whole_grid():
     grids = generate(300, 16, 3, 0.45, seed=0)
-    assert grids.distances.max() > 8, "some ways lead far out of the box"
+    assert grids.distances.max() > 8, "some paths lead far out of the box"
 
 
 @given(st.integers(1, 30), st.integers(3, 12), st.data())
@@ -106,7 +106,7 @@ def test_queries_are_uniform_over_the_grid_and_then_over_the_box(size, box):
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.1, 0.25])
 def test_obstacles_have_the_given_probability_everywhere(p):
-    """Box 3: few pairs are drawn again, so the pixels far from the queries are nearly untouched by that."""
+    """Box 3: few pairs are redrawn, which hardly affects the pixels far from the queries."""
     grids = generate(4000, 12, 3, p, seed=5)
     obstacles, queries = grids.inputs[:, 1].double(), grids.inputs[:, 0].double()
     share = obstacles.sum() / (1 - queries).sum()
@@ -137,7 +137,7 @@ def test_a_seed_gives_the_same_bytes_everywhere(arguments, expected):
     assert digest(generate(*arguments)) == expected
 
 
-def test_the_first_grids_of_more_are_those_of_fewer():
+def test_generating_more_grids_keeps_the_first_ones():
     many = generate(1200, 32, 9, 0.3, seed=4)
     for n in (1, 511, 512, 513):
         for few, all_ in zip(generate(n, 32, 9, 0.3, seed=4), many, strict=True):
@@ -197,7 +197,7 @@ def test_a_probability_close_to_one_leaves_neighbours():
 # ------------------------------------------------------------------------------------------------ curriculum, rule, scores
 
 
-def test_the_curriculum_walks_through_the_phases():
+def test_the_curriculum_goes_through_the_phases():
     phases = list(shortest_path.curriculum(30, seed=5))
     assert [box for box, _ in phases] == [5, 9, 13, 17, 21]
     for phase, (box, grids) in enumerate(phases):
@@ -278,7 +278,7 @@ def test_scores_of_other_shapes_are_refused():
 
 
 def test_scores_beside_the_rule_equal_a_loop():
-    """The hard grids are those on which the rectangle rule is wrong anywhere; there the scores are taken once more."""
+    """The hard grids are those on which the rectangle rule is wrong anywhere; they are also scored separately."""
     grids = generate(60, 12, 9, 0.2, seed=2)
     predictions = grids.targets ^ (torch.rand(grids.targets.shape) < 0.002)  # some grids are right, some are not
     hard = []

@@ -54,7 +54,7 @@ def test_signs_and_lengths_do_not_matter(scale, dtype):
     torch.testing.assert_close(found, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
 
 
-def test_a_zero_row_is_like_nothing_and_never_nan():
+def test_a_zero_row_resembles_nothing_and_is_never_nan():
     a = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], requires_grad=True)
     found = layer_similarity(a)
     assert (found[0, 1:] == 0).all() and (found[2, :2] == 0).all()
@@ -72,7 +72,7 @@ def test_coefficients_must_be_a_matrix(value, error):
         layer_similarity(value)
 
 
-def test_empty_and_unreal_coefficients_are_refused():
+def test_empty_and_non_real_coefficients_are_refused():
     with pytest.raises(ValueError, match="matrix"):
         layer_similarity(torch.zeros(3, 0))
     for dtype in (torch.bool, torch.complex64):
@@ -96,7 +96,7 @@ def test_weight_similarity_equals_cosines_of_mixed_weights(kernel):
     expected = by_loop(bank().flatten(1).detach().double())
     np.testing.assert_allclose(weight_similarity(bank).numpy(), expected, atol=1e-6)
     np.fill_diagonal(expected, 0)
-    # Another basis of the same weights: the similarity of the weights stays, that of the coefficients does not.
+    # Another basis of the same weights: the similarity of the weights stays the same, unlike that of the coefficients.
     before = layer_similarity(bank.coefficients.detach())
     basis = torch.randn(3, 3)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_penalty_of_a_model_without_banks_is_zero():
     assert recurrence_penalty(nn.ReLU()).item() == 0.0
 
 
-def test_autocast_does_not_blur_similarities():
+def test_autocast_does_not_make_similarities_less_precise():
     model = models.swrn(28, 1, 4)
     with torch.autocast("cpu", torch.bfloat16):
         inside = recurrence_penalty(model)

@@ -20,9 +20,9 @@ from ..files import file_checksum
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
-"""Of the images that are read, in capitals or not."""
+"""File name endings of the images that are read, in upper or lower case."""
 
-_DECODING = 2  # raised when the same files come to be read as other images or labels
+_DECODING = 2  # increased when a change makes the same files give other images or labels
 
 Labels = dict[str, dict[str, int]]  # split -> name of an image -> number of its class
 
@@ -36,23 +36,23 @@ def label_images(
 ) -> tuple[tuple[str, ...], Labels, str]:
     """The classes and the labels of the images in a folder or archive; classes, and images of a class, sorted by name.
 
-    Images are in split/class/file, at the root or, if there are none, one folder deeper; a class folder without images
-    counts. The third part says which files in these folders are left out, for their ending or their place, hidden ones
-    aside; "" without any. It is for a warning.
+    Images are in split/class/file, at the root or, if there are none, one folder deeper. A class folder without images
+    counts as a class. The third value, for a warning, describes the files in these folders that are left out because of
+    their ending or place, except hidden ones; "" if there are none.
 
-    Raises OtherClasses unless the classes are those of `only`, at the first one of another name; ValueError for several
-    image folders, a needed split that is missing, splits of different classes, and links to images that are not there;
-    OSError for folders that cannot be read.
+    Raises OtherClasses if `only` is given and the classes are others, as soon as one with another name is found; ValueError
+    for several image folders, a needed split that is missing, splits with different classes, and links to images that do
+    not exist; OSError for folders that cannot be read.
     """
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (wrapping folder or "", split, class) -> names
-    others: dict[str, list[str]] = defaultdict(list)  # wrapping folder or "" -> files that are no images of a class
+    others: dict[str, list[str]] = defaultdict(list)  # wrapping folder or "" -> files that are not images of a class
     foreign = OtherClasses(f"{path} does not hold the ten classes of CIFAR-10; to load it, give its path as the name")
     for name, is_folder in _folder_names(path, splits) if path.is_dir() else _archive_names(path):
         place = _place(name, splits)
         if place is None:
             continue
         top, split, label, *below = place
-        if not below and not is_folder:  # a file beside the class folders
+        if not below and not is_folder:  # a file next to the class folders
             others[top].append(name)
             continue
         if only and label not in only and not (top and any(not place[0] for place in found)):
@@ -70,7 +70,7 @@ def label_images(
     for split in set(needed).difference(present):
         known = ", ".join(present) or "none"
         raise ValueError(f"{path} has no split {split!r}: no images as {split}/<class>/<file>; its splits: {known}")
-    left_out = f"{path}: {_told(others[tops[0]])}" if others[tops[0]] else ""
+    left_out = f"{path}: {_describe(others[tops[0]])}" if others[tops[0]] else ""
     labels: Labels = {split: {} for split in present}
     for split, (number, label) in itertools.product(present, enumerate(classes)):
         files = found[tops[0], split, label]
@@ -81,12 +81,12 @@ def label_images(
 
 
 def first_classes(path: Path, splits: Collection[str]) -> set[str]:
-    """The classes that the first thousand entries of an archive show; none if it cannot be read.
+    """The classes among the first thousand entries of an archive; none if it cannot be read.
 
-    They tell what an archive is likely to be without reading all of it; nothing is verified yet.
+    They show what an archive is likely to be without reading all of it; nothing is verified yet.
     """
     shown = set()
-    with contextlib.suppress(Exception):  # of many kinds; reading it in full will say what is wrong
+    with contextlib.suppress(Exception):  # of many kinds; reading it in full will show what is wrong
         for name, _ in itertools.islice(_members(path), 1000):
             place = _place(name, splits)
             if place and (name.endswith("/") or len(place) > 3):
@@ -95,7 +95,7 @@ def first_classes(path: Path, splits: Collection[str]) -> set[str]:
 
 
 def _place(name: str, splits: Collection[str]) -> tuple[str, ...] | None:
-    """A name taken apart: wrapping folder or "", split, class or file, and what is below; None if it is elsewhere."""
+    """The parts of a name: wrapping folder or "", split, class or file, and what is below; None if it is elsewhere."""
     parts = name.rstrip("/").split("/")
     top, rest = ("", parts) if parts[0] in splits else (parts[0], parts[1:])
     if len(rest) < 2 or rest[0] not in splits or any(part.startswith(".") for part in rest[1:]):
@@ -109,7 +109,7 @@ def _archive_names(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bool]]:
-    """The same of everything in the splits of an image folder, those at its root or, without any, one folder deeper."""
+    """The same for all files in the splits of an image folder, at its root or, if there are none, one folder deeper."""
     tops = (
         [""]
         if any((path / split).is_dir() for split in splits)
@@ -142,8 +142,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _told(names: Sequence[str]) -> str:
-    """How many files are left out, by the reason, with an example for each."""
+def _describe(names: Sequence[str]) -> str:
+    """How many files are left out, by reason, with an example of each."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in names:
         ending = PurePosixPath(name).suffix
@@ -157,8 +157,8 @@ def _told(names: Sequence[str]) -> str:
 def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
     """The name of everything in an archive (a folder's ends with a slash), with its content if wanted, else b"".
 
-    Names of Windows, with backslashes, come with slashes. Of a folder, the wanted files alone. Raises ValueError for a
-    damaged or unsafe archive, at the latest at its end; OSError for one that cannot be read.
+    Backslashes in names, as from Windows, become slashes. From a folder come only the wanted files. Raises ValueError for a
+    damaged or unsafe archive, at its end at the latest; OSError for one that cannot be read.
     """
     if path.is_dir():
         yield from ((name, (path / name).read_bytes()) for name in wanted if (path / name).is_file())
@@ -176,8 +176,8 @@ def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, 
 def _members(path: Path) -> Iterator[tuple[str, Any]]:
     """The name of everything in an archive, as `read_files` gives it, with its open file."""
     with open(path, "rb") as file:
-        if not any(file.read(512)):  # tarfile would take all of them for an empty archive, block by block
-            raise ValueError("it begins with zeros, as a download for which only the room was reserved")
+        if not any(file.read(512)):  # tarfile would read them block by block and find an empty archive
+            raise ValueError("it begins with zeros, as a download does if its space was reserved but not filled")
     for given, member in _zipped(path) if zipfile.is_zipfile(path) else _tarred(path):
         name = given.replace("\\", "/")
         parts = name.split("/")
@@ -188,11 +188,11 @@ def _members(path: Path) -> Iterator[tuple[str, Any]]:
 
 def open_image(data: bytes) -> Image.Image:
     """An image, not yet decoded. Raises errors of many kinds for anything else, and for more than 8 bits per channel."""
-    if data.startswith(b"\x89PNG"):  # its checksums are not verified otherwise
+    if data.startswith(b"\x89PNG"):  # otherwise its checksums are not verified
         Image.open(io.BytesIO(data)).verify()
     image = Image.open(io.BytesIO(data))
     if image.mode[0] in "IF":
-        raise ValueError(f"its pixels do not have 8 bits per channel, but the mode {image.mode}")
+        raise ValueError(f"its pixels have the mode {image.mode}, not 8 bits per channel")
     return image
 
 
@@ -203,7 +203,7 @@ def _zipped(path: Path) -> Iterator[tuple[str, Any]]:
         if int.from_bytes(raw.read(2), "little") != min(len(archive.infolist()), 0xFFFF):
             raise ValueError("its list of files is damaged")
         for member in archive.infolist():
-            with archive.open(member) as file:  # compares the name in the list with that before the file's bytes
+            with archive.open(member) as file:  # compares the name in the list with the one before the file's bytes
                 yield member.filename, file
 
 
@@ -224,11 +224,13 @@ def _tarred(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def verify(path: Path, expected: str) -> None:
-    """Raise ValueError unless a file has a checksum, given as "algorithm:digest"."""
+    """Raise ValueError unless a file has the expected checksum, given as "algorithm:digest"."""
     algorithm, _, digest = expected.partition(":")
     found = file_checksum(path, algorithm)
     if found != digest:
-        raise ValueError(f"{path} is damaged or another file, fetch it again: its checksum is {found}, not {expected}")
+        raise ValueError(
+            f"{path} is damaged or a different file; fetch it again (its checksum is {found}, not {expected})"
+        )
 
 
 def _verify_listed(path: Path) -> None:
@@ -242,16 +244,16 @@ def _verify_listed(path: Path) -> None:
 
 
 def content_key(path: Path, names: Collection[str] = ()) -> str:
-    """What a decoded copy is found by: an archive's content; of a folder's files, names, sizes, times and disk places.
+    """The key of a decoded copy: from an archive's content, or the names, sizes, times and inodes of a folder's files.
 
-    What decodes is part of it too: another version of Pillow may give other pixels. Raises OSError for a file that is gone.
+    It includes the version of Pillow, since another one may decode other pixels. Raises OSError for a file that is gone.
     """
     made_by = f"{_DECODING} Pillow {Image.__version__}"
     if path.is_file():
         return hashlib.sha256(f"{made_by} {file_checksum(path)}".encode()).hexdigest()[:24]
     states = [made_by, os.fsencode(path.resolve())]
     for name in sorted(names):
-        # A file can be given its old time again after a change, but not the time of that change (st_ctime).
+        # After a change a file's old time can be set again, but not the time of the change itself (st_ctime).
         state = os.stat(path / name)
         states.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
     return hashlib.sha256(repr(states).encode()).hexdigest()[:24]

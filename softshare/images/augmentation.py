@@ -24,11 +24,11 @@ def _statistics(mean: tuple[float, ...], deviation: tuple[float, ...], device: t
 class Augmentation:
     """Normalisation and random changes of training images, for a whole batch on the device that holds it.
 
-    In the order of the authors' code: flip, black padding and crop, normalisation, then cutout: one square hole of zeros
-    whose centre is uniform over the image, clipped at the border (DeVries and Taylor, 2017).
+    The order is that of the authors' code: flip, black padding and crop, normalisation, then cutout, one square hole of
+    zeros whose centre is uniform over the image, clipped at the border (DeVries and Taylor, 2017).
 
     Attributes:
-        mean, deviation: per channel, 0 to 255.
+        mean, deviation: per channel, on the scale 0 to 255.
         flip: whether to mirror images with probability 1/2.
         pad: pixels of padding before the crop; 0: none.
         cutout: side of the hole in pixels; 0: none.

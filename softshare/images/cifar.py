@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from a copy wherever one is: the binary edition, or CIFAR-10 as an image folder or archive."""
+"""CIFAR-10 and CIFAR-100 from a local copy: the binary edition, or CIFAR-10 as an image folder or archive."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
 @dataclass(frozen=True)
 class Edition:
-    """The binary edition of a CIFAR data set, as its web page gives it."""
+    """The binary edition of a CIFAR data set, as its web page describes it."""
 
     title: str
     url: str
     hash: str
     folder: str
     files: dict[str, Sequence[tuple[str, int]]]  # split -> (file, records)
-    label_bytes: int  # of which the last is the label
+    label_bytes: int  # the last one is the label
     class_file: str
     num_classes: int
 
@@ -75,16 +75,16 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
             _warn_of(refused)
             return found
     for path, error in refused:
-        # Most likely the copy that was meant?
+        # Was this most likely the intended copy?
         if path.is_dir() or "cifar" in path.name.lower() or first_classes(path, SPLITS):
             raise error
     _warn_of(refused)
     if download:
         return _load_binary(_download(edition), edition, split)
     raise FileNotFoundError(
-        f"no copy of {edition.title} in {' and '.join(map(str, places))}. Put {edition.archive} (of CIFAR-10 also an image "
-        f"folder train/<class>/<file>, test/<class>/<file> or archive of one) into one of them (the archive is at "
-        f"{edition.url}), or set SOFTSHARE_DATA to a folder that holds a copy, or call load(..., download=True)"
+        f"no copy of {edition.title} in {' and '.join(map(str, places))}. Put {edition.archive} from {edition.url} into "
+        "one of them (for CIFAR-10, an image folder train/<class>/<file>, test/<class>/<file> or an archive of one works as "
+        "well), or set SOFTSHARE_DATA to a folder that contains a copy, or call load(..., download=True)"
     )
 
 
@@ -96,7 +96,7 @@ def _warn_of(refused: Sequence[tuple[Path, Exception]]) -> None:
 def _load_ten_classes(place: Path, split: str, refused: list[tuple[Path, Exception]]) -> ImageSet | None:
     """CIFAR-10 from the first image folder, or else archive of one, at a place that has its ten classes by name.
 
-    What cannot be read goes to `refused`: it may have nothing to do with CIFAR-10.
+    Whatever cannot be read goes to `refused`, since it may have nothing to do with CIFAR-10.
     """
     if place.is_file():
         return load_folder(place, split, CIFAR10_CLASSES)
@@ -121,11 +121,11 @@ def _download(edition: Edition) -> Path:
     folder, archive = files.cache_folder(), edition.archive
     try:
         return Path(pooch.retrieve(edition.url, edition.hash, archive, folder, progressbar=True))
-    except OSError as error:  # those of requests, such as a proxy's, are OSErrors, and some of them ValueErrors as well
+    except OSError as error:  # errors of requests, such as a proxy's, are OSErrors, and some are ValueErrors too
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise  # that is the disk's fault
-        told = f"could not download {edition.url}: {error}. Without network, put {archive} into {folder}"
-        raise ConnectionError(told) from error
+        message = f"could not download {edition.url}: {error}. Without network, put {archive} into {folder}"
+        raise ConnectionError(message) from error
     except ValueError as error:
         if "hash" not in str(error):
             raise
@@ -151,7 +151,7 @@ def _load_binary(path: Path, edition: Edition, split: str) -> ImageSet:
         rows = np.frombuffer(contents[file], dtype=np.uint8).reshape(records, size)
         last = rows[:, edition.label_bytes - 1].max()
         if last >= edition.num_classes:
-            raise ValueError(f"{path}: {file} holds the label {last}, the last class is {edition.num_classes - 1}")
+            raise ValueError(f"{path}: {file} holds the label {last}, but the last class is {edition.num_classes - 1}")
         parts.append(rows)
     rows = np.concatenate(parts)
     images = rows[:, edition.label_bytes :].reshape(-1, 3, SIDE, SIDE)

@@ -1,4 +1,4 @@
-"""Image folders and archives of them, decoded once: large ones are kept as a copy in the cache folder."""
+"""Image folders and archives of them, decoded once; the decoded images of large ones are kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .archives import Labels, OtherClasses, content_key, first_classes, label_im
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
 SPLITS = ("train", "test")
-_CACHED_FROM = 2000  # images; fewer are read again faster than a copy is found
+_CACHED_FROM = 2000  # images; reading fewer again is faster than finding a copy
 
 
 def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
     """Read an image folder or an archive of one, or its decoded copy; warns of files that are left out.
 
-    Raises OtherClasses unless the classes are those of `only`, if given.
+    Raises OtherClasses if `only` is given and the classes are others.
     """
     if path.is_dir():
         labelled = label_images(path, SPLITS, [split], only)
@@ -29,7 +29,7 @@ def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
     else:
         labelled, names = None, []
         if only and (foreign := first_classes(path, SPLITS).difference(only)):
-            raise OtherClasses(f"{path} holds the class {min(foreign)!r}")  # a large archive is so passed over unread
+            raise OtherClasses(f"{path} holds the class {min(foreign)!r}")  # so a large archive need not be read
     key = content_key(path, names)
     copies = {name: files.cache_folder() / f"images-{key}-{name}.npz" for name in SPLITS}
     kept = _read_copy(copies[split])
@@ -78,17 +78,17 @@ def _decode(path: Path, classes: tuple[str, ...], splits: Labels) -> dict[str, I
 def _write_copy(path: Path, found: ImageSet, left_out: str) -> None:
     facts = {"classes": found.classes, "source": found.source, "fingerprint": found.fingerprint, "left out": left_out}
     meta = json.dumps(facts)
-    # On a full disk or in a read-only place: the next reading decodes again.
+    # On a full disk or in a read-only folder no copy is kept, and the next reading decodes again.
     with contextlib.suppress(OSError), files.atomic_file(path) as file:
         np.savez(file, images=found.images.numpy(), labels=found.labels.numpy(), meta=np.array(meta))
 
 
 def _read_copy(path: Path) -> tuple[ImageSet, str] | None:
-    """The images, and what was left out of them."""
+    """The images of a decoded copy, and the text about files that were left out; None without an intact copy."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             meta = json.loads(str(kept["meta"]))
             found = image_set(kept["images"], kept["labels"], tuple(meta["classes"]), meta["source"])
             return (found, meta["left out"]) if found.fingerprint == meta["fingerprint"] else None
-    except Exception:  # there is none, or it is damaged, which shows in many kinds of errors
+    except Exception:  # there is none, or it is damaged, which causes errors of many kinds
         return None

@@ -21,16 +21,17 @@ def load(name: str, split: str, root: str | Path | None = None, download: bool =
     ``"cifar10"`` and ``"cifar100"`` are looked for in `root`, then in `cache_folder`: the official binary edition
     (archive or unpacked), and for CIFAR-10 also an image folder or an archive of one that has its ten classes by name.
     ``"digits"`` is embedded in the package: 1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak, 1998, UCI,
-    CC BY 4.0; the edition that scikit-learn ships), enlarged to 32 x 32; the first 1,437 train, the others test. Any other
-    name is the path of an image folder ``split/class/file`` or of an archive of one; its images must be 32 x 32.
+    CC BY 4.0; the edition that scikit-learn ships), enlarged to 32 x 32; the first 1,437 are for training, the others for
+    testing. Any other name is the path of an image folder ``split/class/file`` or of an archive of one; its images must be
+    32 x 32.
 
     Args:
         root: a folder with copies, or a copy; default $SOFTSHARE_DATA (empty means unset). Never written to.
         download: fetch the official edition to the cache folder if no copy is found, and verify it.
 
-    Raises FileNotFoundError without a copy (the message says which file to put where), ValueError for an unknown name or
-    split and for a file that is truncated, damaged, mislabelled or climbs out of its archive, TypeError for a name or split
-    that is not a string, ConnectionError for a download that failed.
+    Raises FileNotFoundError without a copy (the message explains which file to put where), ValueError for an unknown name
+    or split and for a file that is truncated, damaged, mislabelled or leads out of its archive, TypeError for a name or
+    split that is not a string, ConnectionError for a download that failed.
     """
     if not isinstance(name, (str, Path)) or not isinstance(split, str):
         raise TypeError(f"name and split must be strings, got {name!r} and {split!r}")

@@ -16,7 +16,7 @@ from ..arguments import count
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 SIDE = 32
-"""Of the square images that `softshare.images.load` gives, in pixels."""
+"""The side, in pixels, of the square images that `softshare.images.load` returns."""
 
 STATISTICS = {
     "CIFAR-10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -44,7 +44,7 @@ class ImageSet:
     fingerprint: str
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, 0 to 255: the authors' for CIFAR, otherwise computed."""
+        """Mean and standard deviation of each channel, 0 to 255: the authors' values for CIFAR, otherwise computed."""
         known = STATISTICS.get(self.source.removesuffix(" (JPEG)").removesuffix(" (PNG)"))
         if known:
             return known
@@ -52,7 +52,7 @@ class ImageSet:
         return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp(min=1.0).tolist())
 
     def split(self, n: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-        """Two disjoint sets: n images drawn at random, and the rest. Raises ValueError unless 0 < n < all."""
+        """Two disjoint sets: n images drawn at random, and the rest. Raises ValueError unless 0 < n < their number."""
         if not 0 < count("n", n) < len(self.labels):
             raise ValueError(f"n must be above 0 and below the number of images ({len(self.labels)}), got {n}")
         order = torch.randperm(len(self.labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")

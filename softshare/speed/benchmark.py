@@ -32,7 +32,7 @@ from ..folded import fold
 from ..folding import plan_fold
 from ..models import Network, multiply_adds
 from ..sharing import banks
-from ..training.devices import pick_device, pick_precision, precision_name
+from ..training.devices import pick_device, pick_precision, precision_name, standard_defaults
 from ..training.environment import environment
 from ..training.processor import processor_name
 from ..training.tasks import Classification
@@ -90,6 +90,7 @@ def make_step(setup: Namespace, task: Classification, name: str) -> Call:
     return ours(task, chosen, setup.batch, setup.compile)
 
 
+@standard_defaults()
 def measure(setup: Namespace) -> dict[str, Any]:
     """Measure all sections of a record, with progress on stderr. Sets the number of threads of this process."""
     torch.set_num_threads(setup.threads)

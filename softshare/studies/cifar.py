@@ -75,7 +75,7 @@ class Cifar(Study):
 
     def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
         network = Network.parse(recipe.network)
-        sizes: dict[str, Any] = {"train": None, "held_out": 0, "test": None, "side": 32}  # None: all that there are
+        sizes: dict[str, Any] = {"train": None, "held_out": 0, "test": None, "side": 32}  # None: all of them
         settings = Settings(
             epochs={"fast": 8, "gpu": 10, "short": 30, "paper": 200}[profile],
             penalty=recipe.penalty_in(profile),
@@ -97,10 +97,10 @@ class Cifar(Study):
         return replace(plan, sizes=sizes, settings=replace(plan.settings, epochs=2, batch_size=50))
 
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
-        """Images to train on, to hold out, and to test on, in the numbers of the plan, or fewer if there are not as many.
+        """Images to train on, to hold out and to test on, as many as the plan asks for, or all if there are fewer.
 
-        Without `data` they are those of the recipe's first data set; only profile fast uses the embedded digits if no
-        copy of CIFAR-10 is found. Digits are not mirrored.
+        Without `data` they are from the recipe's first data set; only profile fast uses the embedded digits if no copy of
+        CIFAR-10 is found. Digits are not mirrored.
         """
         train, test = self._load(plan, data, download)
         facts = {"source": train.source, "fingerprint": _fingerprint(train, test)}
@@ -163,5 +163,5 @@ def _fingerprint(train: ImageSet, test: ImageSet) -> str:
 
 
 def _at_most(found: ImageSet, n: int, seed: int) -> ImageSet:
-    """`n` of the images drawn at random, or all if there are no more."""
+    """`n` of the images, drawn at random, or all if there are no more than that."""
     return found if len(found.labels) <= n else found.split(n, seed)[0]

@@ -14,14 +14,14 @@ from .study import Plan
 
 CPU_SPEED, GPU_SPEED = 55e9, 8e12
 """Multiply-adds per second in training, for estimates. CPU: measured, one thread of a 2023 Xeon in float32 (WRN 16-4 at 47
-images/s). GPU: assumed, a quarter of what a T4 is built for in float16; not measured."""
+images/s). GPU: assumed, a quarter of a T4's nominal speed in float16; not measured."""
 
 LAUNCH_SECONDS = 3e-4
-"""What a GPU needs per layer and step, however small the layer; assumed, not measured."""
+"""The time that a GPU needs per layer and step, however small the layer; assumed, not measured."""
 
 
 def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
-    """An estimate of a run's time, from its network's multiply-adds (three times forward).
+    """An estimate of a run's time, from its network's multiply-adds (three times those of a forward pass).
 
     Args:
         speed: multiply-adds per second; default: `CPU_SPEED` or `GPU_SPEED`.

@@ -110,7 +110,7 @@ def row_at(rows: Sequence[Mapping[str, Any]], threshold: float) -> Mapping[str, 
 
 
 def plan_from_snapshots(record: Record, threshold: float) -> FoldPlan:
-    """The plan for a record's network from the coefficients beside it, at the end of training; its weights are not needed.
+    """The fold plan of a record's network from its last snapshot of coefficients; the weights are not needed.
 
     Clusters, schedule and loops are those of the network; the scales are not, since they depend on templates.
     """

@@ -1,4 +1,4 @@
-"""The GPU list: what is worth a GPU's time, in order of value, as far as the time goes.
+"""The GPU list: what is worth a GPU's time, in order of value, as far as time allows.
 
 Every run is a separate process under a time limit. It writes checkpoints and, at the end, a record, so the same command
 resumes where the last one stopped. A rehearsal executes the same list at toy sizes on any machine.
@@ -31,7 +31,7 @@ from .records import record_path
 from .running import checkpoints_folder
 from .study import Plan
 
-_WORTH_BEGINNING = 300.0  # seconds
+_WORTH_STARTING = 300.0  # seconds
 
 
 class Job(NamedTuple):
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     Attributes:
         recipe, seed: see `softshare.studies.running.train`.
-        profile: "short" or "paper"; a rehearsal has "fast" in its place.
+        profile: "short" or "paper"; a rehearsal uses "fast" instead.
         data: the data set; None: the recipe's first.
     """
 
@@ -59,8 +59,8 @@ class Entry:
     Attributes:
         title: what it is for.
         jobs: none for the benchmark.
-        small: whether networks are so small that several train side by side: a single one leaves a GPU waiting for the
-            next kernel launch.
+        small: whether networks are so small that several should train side by side: a single one leaves a GPU waiting for
+            the next kernel launch.
     """
 
     title: str
@@ -142,7 +142,7 @@ def run_list(minutes: float, places: Places) -> int:
     If time is left at the end, the first skipped entry is started after all: its checkpoint is kept, and the rest may fit
     next time.
 
-    Returns: 0, or 1 if a run failed by itself. Raises ValueError for minutes or `Places.parallel` not above 0.
+    Returns 0, or 1 if a run failed by itself. Raises ValueError for minutes or `Places.parallel` not above 0.
     """
     if not minutes > 0 or places.parallel < 1:
         raise ValueError(f"minutes must be above 0 and parallel at least 1, got {minutes} and {places.parallel}")
@@ -172,11 +172,11 @@ class _List:
                 needs /= self.places.parallel if entry.small else 1
                 if waiting and needs > self.left():
                     passed.append((entry, waiting, needs))
-                    told = f"skipped: needs about {needs / 60:.0f} min"
-                    self.tell(entry, ", ".join(map(str, waiting)), told)
+                    outcome = f"skipped: needs about {needs / 60:.0f} min"
+                    self.tell(entry, ", ".join(map(str, waiting)), outcome)
                 elif waiting:
                     self.train(entry, waiting, needs)
-            if passed and self.left() > _WORTH_BEGINNING:
+            if passed and self.left() > _WORTH_STARTING:
                 self.train(*passed[0])
         print(f"\n{'entry':50} {'run':34} outcome")
         for title, what, outcome in self.outcomes:
@@ -184,7 +184,7 @@ class _List:
         return int(any(outcome.startswith("failed") for _, _, outcome in self.outcomes))
 
     def waiting(self, entry: Entry) -> list[Job]:
-        """The jobs of an entry that have no record yet and whose data are available; others do not stop the list."""
+        """The jobs of an entry that have no record yet and whose data are available; the others do not stop the list."""
         found = []
         for job in entry.jobs:
             try:
@@ -248,7 +248,7 @@ def still_needs(job: Job, places: Places, speed: float | None) -> float:
 
 
 def recorded(job: Job, places: Places) -> bool:
-    """Whether a job has its record, on the data that are found here."""
+    """Whether a job has its record, for the data found on this machine."""
     return _path(job, places)[1].exists()
 
 
@@ -294,7 +294,7 @@ def side_by_side(waiting: Sequence[Job], places: Places, side: int, limit: float
     with ThreadPoolExecutor(side) as pool:
         try:
             outcomes = [pool.submit(outcome_of, job) for job in waiting]
-            # In turns of a second: Python would not see a signal that arrives just before an endless wait.
+            # One second at a time: Python would not see a signal that arrives just before an endless wait.
             while wait(outcomes, timeout=1).not_done:
                 pass
             return [(job, outcome.result()) for job, outcome in zip(waiting, outcomes, strict=True)]

@@ -1,4 +1,4 @@
-"""Does sharing help where images are large and classes many?
+"""Does sharing help with large images and many classes?
 
 Our rows of the poster's ImageNet table: ``softshare run "SWRN 50-2" --data FOLDER --profile paper``. The poster does not
 give the recipe; this is the usual one for such networks. Profiles fast and gpu only try the code: small images, a narrow
@@ -21,7 +21,7 @@ from .study import Plan, Recipe, Study, Tasks
 
 
 class ImageNet(Study):
-    """Bottleneck networks, plain and softly shared, on folders of images that are streamed."""
+    """Bottleneck networks, plain and softly shared, on image folders that are streamed."""
 
     name = "imagenet"
     version = 1
@@ -81,7 +81,7 @@ class ImageNet(Study):
         if data is None:
             raise ValueError(
                 f"{plan.recipe.name} streams its images from a folder with train/<class>/<file> and val/<class>/<file>; "
-                "name it with data= (--data on the command line)"
+                "give the folder with data= (--data on the command line)"
             )
         train = StreamedImages(data, plan.sizes["side"], held_out=None)
         test = StreamedImages(data, plan.sizes["side"])

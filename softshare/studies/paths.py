@@ -79,7 +79,7 @@ class Paths(Study):
             penalty=recipe.penalty_in(profile),
             seed=seed,
         )
-        # A constant rate does not settle within minutes, so the rate falls within each phase and restarts with the next.
+        # At a constant rate nothing settles within minutes, so the rate falls within each phase and restarts with the next.
         if profile == "fast":
             falls: dict[str, Any] = {"milestones": (0.34, 0.67), "factor": 0.25, "cycle": per_phase}
             settings = replace(settings, batch_size=32, precision="float32", tf32=False, **falls)
@@ -137,7 +137,7 @@ class Paths(Study):
         return found | {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
 
     def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[PhaseScores]) -> list[dict[str, Any]]:
-        """With "phase" and, with statistics re-estimated after each epoch, "reestimated_exact" and so on."""
+        """The history with "phase" and, with statistics re-estimated after each epoch, "reestimated_exact" and so on."""
         (scores,) = watchers
         return [{**row, **scores.row(int(row["epoch"]))} for row in history]
 
@@ -148,7 +148,7 @@ def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -
 
 
 def sample_of(task: Curriculum, phase: int) -> Tensor:
-    """The training grids of a phase (from 1) that statistics are re-estimated on."""
+    """The training grids of a phase (from 1) on which statistics are re-estimated."""
     return task.phases[phase - 1].train.inputs[:REESTIMATED_ON].float()
 
 

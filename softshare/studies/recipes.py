@@ -16,11 +16,12 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for study in STUDIES.values() 
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; spaces and ``, cutout`` may be written freely. Raises ValueError for an unknown one."""
-    plain = " ".join(str(name).replace(",", " ").split()).replace(" *", "*")
-    if plain not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    return RECIPES[plain]
+    """The recipe with that name; capitals, commas and extra spaces do not matter. Raises ValueError for an unknown one."""
+    plain = " ".join(str(name).replace(",", " ").split()).replace(" *", "*").lower()
+    for known, recipe in RECIPES.items():
+        if known.lower() == plain:
+            return recipe
+    raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
 
 
 def study_of(plan: Plan) -> Study:

@@ -51,7 +51,7 @@ class Identity:
     """What decides the outcome of a run.
 
     Attributes:
-        study, version: which study, and in which version of it.
+        study, version: the study and its version.
         recipe: what was run, by name.
         profile: one of `PROFILES`.
         seed: of the run.
@@ -75,7 +75,7 @@ class Identity:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of all of it."""
+        """Twelve hexadecimal digits that stand for all of it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -94,8 +94,8 @@ class Record:
         data: source in words and fingerprint.
         metrics: the results, flat, by name.
         history: one dict per epoch, from `softshare.training.fit`; an analysis may keep other rows here.
-        execution: see `softshare.training.environment.Execution.record`, and the seconds that it took; for a run that was
-            interrupted, those of the last process, with the others' as "earlier".
+        execution: see `softshare.training.environment.Execution.record`, with the seconds that training took; for a run
+            that was interrupted, the facts of its last process, with the others' as "earlier".
         snapshots: SHA-256 of the file of coefficients next to it, "" if there is none.
         path: of the JSON file.
     """
@@ -126,7 +126,7 @@ class Record:
         return self.identity.network
 
     def similarity(self) -> SimilarityRecorder:
-        """The snapshots of coefficients. Raises FileNotFoundError if there are none, ValueError for another run's."""
+        """The snapshots of coefficients. Raises FileNotFoundError without any, ValueError for those of another run."""
         path = self.path.with_suffix(".npz")
         if path.exists() and files.file_checksum(path) != self.snapshots:
             raise ValueError(f"{path} is not the file that belongs to {self.path.name}: its checksum is different")
@@ -174,20 +174,20 @@ def write_record(
     similarity: SimilarityRecorder | None = None,
     runs: str | Path = "",
 ) -> Record:
-    """Write a record and its snapshots, whole or not at all, and return it.
+    """Write a record and its snapshots, completely or not at all, and return it.
 
     Args:
         identity: see `Identity`; `data`, if given, must have its fingerprint.
         metrics, history, similarity: what came out.
-        config: default: what the identity says was chosen.
+        config: default: what the identity lists as chosen.
         execution: default: the current `environment`.
         runs: see `runs_folder`.
 
-    Raises ValueError for data of another fingerprint, TypeError for what is not JSON.
+    Raises ValueError for data with another fingerprint, TypeError for what is not JSON.
     """
     data = dict(data or {})
     if data.get("fingerprint", "") != identity.fingerprint:
-        raise ValueError(f"the data are {data}, but the identity of {identity.recipe} is of {identity.fingerprint!r}")
+        raise ValueError(f"the data are {data}, but {identity.recipe} has the fingerprint {identity.fingerprint!r}")
     path = record_path(identity, runs)
     fields = asdict(identity)
     fields.pop("fingerprint")
@@ -220,7 +220,7 @@ def write_findings(
     runs: str | Path = "",
     **chosen: Any,
 ) -> Record:
-    """Write measurements made on top of runs as a record of their own; `of` are the records that they are based on.
+    """Write measurements made with the results of runs as a separate record; `of` are the records they are based on.
 
     Further keyword arguments, as JSON, become part of the record's identity.
     """
@@ -250,7 +250,9 @@ def read_record(path: str | Path) -> Record:
     named = ("study", "version", "recipe", "profile", "seed", "network", "chosen")
     identity = Identity(**{name: fields[name] for name in named}, fingerprint=fields["data"].get("fingerprint", ""))
     if fields["hash"] != identity.hash:
-        raise ValueError(f"{path}: its hash is {fields['hash']}, its content's {identity.hash}; it was changed by hand")
+        raise ValueError(
+            f"{path}: its hash is {fields['hash']}, but its content has {identity.hash}; it was changed by hand"
+        )
     if fields["content"] != files.content_checksum(fields):
         raise ValueError(f"{path}: its content does not match the checksum in it; it was changed by hand")
     rest = ("config", "data", "metrics", "history", "execution", "snapshots")

@@ -1,4 +1,4 @@
-"""From recipe to record: the one way that commands, chapters and lists of runs use.
+"""From recipe to record, in the same way for commands, chapters and lists of runs.
 
 ``run("SWRN 28-10-2*", "paper", seed=0)`` trains a recipe and writes its record; a second call finds the record.
 """
@@ -26,8 +26,8 @@ from .study import Plan, Study, Tasks
 def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
     """Where the checkpoints of the run with that record are kept.
 
-    That is a subfolder with the record's name: of the given folder, or by default of data/checkpoints of a checkout (ignored
-    by git) or ./checkpoints.
+    This is a subfolder with the record's name in the given folder, by default data/checkpoints in a checkout (ignored by
+    git) or ./checkpoints without one.
     """
     folder = files.user_path(checkpoints) if checkpoints else files.data_folder("checkpoints")
     return folder / record.stem
@@ -67,10 +67,10 @@ def train(
 ) -> tuple[Record, nn.Module]:
     """The record of a run and its network with the trained weights, in eval mode; trains unless both are available.
 
-    If there is a record but no weights, nothing is trained: that may take days, and a committed record must not be replaced
-    without being asked.
+    If there is a record but no weights, nothing is trained: training may take days, and a committed record must not be
+    replaced unasked.
 
-    A run that was killed resumes from its checkpoint. The last checkpoint, with the trained weights, is kept, see `trained`.
+    A run that was killed resumes from its checkpoint. The last checkpoint, with the trained weights, is kept; see `trained`.
     Under ``torchrun`` all its processes train together.
 
     Args:
@@ -86,8 +86,8 @@ def train(
         checkpoints: see `checkpoints_folder`.
         progress: whether to show progress.
         checkpoint_seconds: the least time between two checkpoints.
-        again: train from the start in any case: the record of an earlier run is replaced and its checkpoints are removed;
-            new ones are written only to a folder that is given.
+        again: train from the start in any case: the record of an earlier run is replaced and its checkpoints are removed.
+            New checkpoints are written only if `checkpoints` names a folder.
 
     Raises:
         ValueError: an unknown recipe, profile or data set.
@@ -162,7 +162,7 @@ def _clear(folder: Path) -> None:
 def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
     """The network of a record with its trained weights, from the last checkpoint, in eval mode on the CPU.
 
-    Raises FileNotFoundError if that is gone.
+    Raises FileNotFoundError if that checkpoint is gone.
     """
     folder = checkpoints_folder(record.path, checkpoints)
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
@@ -189,7 +189,7 @@ def plan_of(record: Record) -> tuple[Study, Plan]:
         study = study_of(plan)
         if study.identity(plan, record.identity.fingerprint) == record.identity:
             return study, plan
-    raise ValueError(f"{record.path.name} is not of {record.recipe} as it is planned now; run the recipe again")
+    raise ValueError(f"{record.path.name} does not match the current plan of {record.recipe}; run the recipe again")
 
 
 @standard_defaults()
@@ -201,5 +201,7 @@ def tasks_of(record: Record, data: str | None = None) -> Tasks:
     study, plan = plan_of(record)
     tasks = study.tasks(plan, data)
     if tasks.data != record.data:
-        raise ValueError(f"the record {record.path.name} is of {record.data}, here are {tasks.data}")
+        raise ValueError(
+            f"the record {record.path.name} was made with {record.data}, but the data here are {tasks.data}"
+        )
     return tasks

@@ -102,7 +102,7 @@ class Study(ABC):
     """One study of the reproduction.
 
     Attributes:
-        name: of the study, as records have it.
+        name: the study's name, as in records.
         version: raised when the meaning of its training changes, so that older records are not mistaken for new ones.
         defaults: by part of a plan ("sizes", "augmentation", "schedule") the values that are left out of identities. They
             belong to the version and have no other use: they do not change when a plan or a default elsewhere changes,

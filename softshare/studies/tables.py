@@ -79,18 +79,18 @@ def measured(records: Sequence[Record], recipe: str, metric: str, data: str, dig
 
 
 WHOLE = {"CIFAR-10": (50_000, 10_000), "CIFAR-100": (50_000, 10_000), "ImageNet": (1_281_167, 50_000)}
-"""Training and test images of the published data sets."""
+"""The numbers of training and test images in the published data sets."""
 
 
 def of_data(record: Record, data: str) -> bool:
-    """Whether a record is of a data set in any edition ("CIFAR-10 (JPEG)"), and, for images, of all of it."""
+    """Whether a record is for a data set in any edition ("CIFAR-10 (JPEG)") and, for images, for all of it."""
     sizes = record.config.get("sizes", {})
     whole = WHOLE.get(data) in (None, (sizes.get("train"), sizes.get("test")))
     return whole and record.data.get("source", "").split(" (")[0] == data
 
 
 def is_planned(record: Record, profile: str) -> bool:
-    """Whether a record is of the current version of its recipe in that profile."""
+    """Whether a record is for the current version of its recipe in that profile."""
     if record.profile != profile or record.recipe not in RECIPES:
         return False
     plan = make_plan(record.recipe, profile, record.seed)
@@ -105,7 +105,7 @@ COLUMNS = {
     "imagenet": (("top-1", "top1_error", "top1_error", "ImageNet"), ("top-5", "top5_error", "top5_error", "ImageNet")),
     "search": (("C-10", "cifar10_error", "error", "CIFAR-10"),),
 }
-"""Of each table: the column's title, its name in the CSV file, the metric in records, and the data set."""
+"""For each table: the column's title, its name in the CSV file, the metric in records, and the data set."""
 
 NOT_OURS = "not part of this project"
 

@@ -37,10 +37,10 @@ def transfer(
     """Score trained networks, with re-estimated BatchNorm statistics, on grids unlike those they were trained on.
 
     Args:
-        records: of the runs that trained the networks, by the names of the networks; all of the same plan except for the
+        records: the runs that trained the networks, by the names of the networks; all with the same plan except for the
             recipe.
-        networks: as they were trained; convolutions run on grids of any side.
-        tasks: of the runs; statistics are re-estimated on grids of their last phase.
+        networks: the trained networks; convolutions run on grids of any side.
+        tasks: the tasks of these runs; statistics are re-estimated on grids of their last phase.
         places: pairs of side and box.
         grids: number of grids per place.
         runs: folder of records.

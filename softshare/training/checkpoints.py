@@ -43,7 +43,7 @@ def write_checkpoint(
     Args:
         folder: made if it does not exist; on any file system, including a mounted drive.
         step: optimizer steps done.
-        identity: JSON; what decides the run. Only a run with the same identity ever resumes from the checkpoint.
+        identity: JSON; what decides the outcome of the run. Only a run with the same identity resumes from the checkpoint.
         tensors: by name; copied to the CPU.
         facts: JSON; anything else.
     """
@@ -115,8 +115,8 @@ def newest_checkpoint(
             if tag == _tag(identity) == _tag(found):
                 return path, tensors, facts
             differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
-            told = "; ".join(f"{key} {_short(found.get(key))}, here {_short(identity.get(key))}" for key in differing)
-            raise ForeignCheckpoint(f"{path} belongs to another run ({told})")
+            pairs = "; ".join(f"{key} {_short(found.get(key))}, here {_short(identity.get(key))}" for key in differing)
+            raise ForeignCheckpoint(f"{path} belongs to another run ({pairs})")
         except ForeignCheckpoint as error:
             foreign = foreign or error
             warnings.warn(f"refused: {error}", stacklevel=2)
@@ -134,7 +134,7 @@ def _short(value: Any) -> str:
 
 
 def prune_checkpoints(folder: Path, step: int, identity: Mapping[str, Any], keep: int = 2) -> None:
-    """Delete this run's checkpoints up to `step` except the newest, and what a killed process left half written.
+    """Delete this run's checkpoints up to `step`, except the newest `keep`, and any half-written file of a killed process.
 
     Other runs' files are left alone.
     """
@@ -169,9 +169,9 @@ class RunFolder:
     """The checkpoints of one run: written when they are due, read when the run resumes; the newest two are kept.
 
     Args:
-        folder: None: nothing is ever written or found.
+        folder: the folder of this run; None: nothing is ever written or found.
         identity: see `write_checkpoint`.
-        pause: the least seconds between two checkpoints; 0: after every step.
+        pause: the least time between two checkpoints, in seconds; 0: one after every step.
 
     Attributes:
         last_good: the newest checkpoint that was written or read; None if there is none.

@@ -41,10 +41,10 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device, parameters: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype to compute in that a setting of `Settings.precision` means on a device, for parameters of that dtype.
+    """The dtype to compute in, for a value of `Settings.precision`, a device, and the dtype of the model's parameters.
 
-    Parameters in float64 are computed with in float64, whatever the setting. Raises ValueError for parameters in half
-    precision, which autocast and small steps of the optimizer need to be in float32.
+    A model with float64 parameters computes in float64, whatever the setting. Raises ValueError for parameters in half
+    precision, since autocast and small steps of the optimizer need them in float32.
     """
     if parameters is torch.float64:
         return parameters
@@ -73,7 +73,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def outputs_of(model: nn.Module, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """A model's outputs, computed in `dtype` and returned in float32, or float64 where that is the dtype.
+    """A model's outputs, computed in `dtype` and returned in float32, or in float64 if that is the dtype.
 
     Raises TypeError for outputs that are not one tensor.
     """
@@ -83,8 +83,8 @@ def outputs_of(model: nn.Module, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         outputs = model(inputs)
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"the model's outputs must be one tensor, as the task's loss takes it, got {type(outputs).__name__}; wrap "
-            "the model in a module whose forward returns the tensor that is meant"
+            f"the model's outputs must be one tensor, as the task's loss expects, got {type(outputs).__name__}; wrap "
+            "the model in a module whose forward returns that tensor"
         )
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
@@ -97,7 +97,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's floating-point parameters, float32 without any; ValueError where they differ."""
+    """The dtype of a model's floating-point parameters, float32 without any. Raises ValueError if they differ."""
     found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(found) > 1:
         names = ", ".join(sorted(map(precision_name, found)))
@@ -107,9 +107,9 @@ def parameter_dtype(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def standard_defaults() -> Iterator[None]:
-    """PyTorch's own defaults (float32, CPU, gradients), whatever the program around has set; restored after.
+    """Use PyTorch's own defaults (float32, CPU, gradients), whatever the calling program has set; restored after.
 
-    For whatever is recorded: the same recipe must mean the same everywhere. Also a decorator.
+    For everything that is recorded: the same recipe must mean the same everywhere. Also works as a decorator.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -122,7 +122,7 @@ def standard_defaults() -> Iterator[None]:
 
 @contextmanager
 def convolution_kernels(device: torch.device, tf32: bool) -> Iterator[None]:
-    """On CUDA, look for the fastest kernels, since shapes never change in training, with TF32 or without; restored after."""
+    """On CUDA, search for the fastest kernels, since shapes never change, with TF32 or without; restored after."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""Several processes, one device each, by PyTorch's own engine: started by ``torchrun``, which restarts them after a fault.
+"""Several processes with one device each, by PyTorch's own means: ``torchrun`` starts and, after a fault, restarts them.
 
 With one process, every function here returns at once.
 """
@@ -26,7 +26,7 @@ class Disagreement(RuntimeError):
 def rank() -> int:
     """The number of this process among those that torchrun started, from 0; 0 writes and reports for all.
 
-    Raises ValueError where the environment says that there are several processes, but not how they find each other.
+    Raises ValueError if the environment announces several processes but not how they find each other.
     """
     if _running():
         return dist.get_rank()
@@ -48,7 +48,7 @@ def _number(variable: str, default: int) -> int:
     if text and not text.isdecimal():
         raise ValueError(
             f"the environment variable {variable} must be a whole number, as torchrun sets it, got {text!r}; unset it "
-            "or start the processes by torchrun"
+            "or start the processes with torchrun"
         )
     return int(text) if text else default
 
@@ -56,8 +56,8 @@ def _number(variable: str, default: int) -> int:
 def _started_together() -> bool:
     """Whether torchrun, or a launcher that sets the same variables, started this process as one of several.
 
-    RANK alone, say of an array job, means nothing. Several processes that cannot find each other are an error: each of them
-    would train alone and write over the others' files.
+    RANK alone, as in an array job, means nothing. Several processes that cannot find each other are an error: each of them
+    would train alone and overwrite the others' files.
     """
     if _number("WORLD_SIZE", 1) < 2:
         alone = os.environ.get("RANK", "").strip()
@@ -67,9 +67,8 @@ def _started_together() -> bool:
     variables = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in variables if not os.environ.get(name, "").strip()]:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but "
-            f"{' and '.join(missing)} not set, so they cannot find each other; start them by torchrun, or unset WORLD_SIZE "
-            "to train in one process"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but they cannot find each "
+            f"other without {' and '.join(missing)}; start them with torchrun, or unset WORLD_SIZE to train in one process"
         )
     if _number("RANK", 0) >= _number("WORLD_SIZE", 1):
         raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
@@ -80,9 +79,9 @@ def _started_together() -> bool:
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did, for the duration of a ``with`` block; yields this one's device.
 
-    Under torchrun ``cuda`` becomes the GPU of the process's local rank, with nccl between them; on a CPU it is gloo. A group
-    that exists already is used and left alone. Raises NoSuchDevice for a local rank beyond the number of GPUs,
-    ValueError for an environment that contradicts itself.
+    Under torchrun, ``cuda`` becomes the GPU of the process's local rank. Processes communicate by nccl on GPUs, by gloo on
+    CPUs. A group that already exists is used and left alone. Raises NoSuchDevice for a local rank beyond the number of
+    GPUs, ValueError for an environment that contradicts itself.
     """
     together = _running() or _started_together()
     if together and device.type == "cuda":
@@ -108,7 +107,7 @@ def _init(backend: str) -> None:
     if not attempt or _number("GROUP_WORLD_SIZE", 1) != 1:
         dist.init_process_group(backend)
         return
-    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses that nobody listens at any
+    # After a restart PyTorch may hand the new processes the store of the old ones, with addresses where nobody listens any
     # more (pytorch/pytorch issue 135712), so keys get a prefix. On several machines the counts differ; there,
     # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun helps.
     store, number, processes = next(dist.rendezvous("env://"))
@@ -174,7 +173,7 @@ def all_of(own: bool) -> bool:
 
 
 def gathered(own: Any) -> list[Any]:
-    """What each process passes, by rank, in all of them."""
+    """What each process passes, by rank; the same list in all of them."""
     if world_size() == 1:
         return [own]
     found: list[Any] = [None] * world_size()

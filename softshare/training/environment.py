@@ -21,7 +21,7 @@ from .processor import processor_name
 from .settings import Settings
 
 REVISION = "SOFTSHARE_REVISION"
-"""The environment variable that names the revision where git does not: a commit in hexadecimal digits, followed by
+"""The environment variable that names the revision if git does not: a commit in hexadecimal digits, followed by
 "+changes" if the code was changed since."""
 
 
@@ -50,7 +50,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 def _revision() -> dict[str, Any]:
     """The checkout's commit and whether it has uncommitted changes.
 
-    Where there is no git, or git knows only an older commit than that of the files (a copy that was updated by other means),
+    Without git, or if git only knows a commit that is older than the files (a copy that was updated by other means),
     `REVISION` decides; None if it is not set.
     """
     top = files.checkout()
@@ -61,7 +61,7 @@ def _revision() -> dict[str, Any]:
     commit = given.removesuffix("+changes")
     if given and not re.fullmatch(r"[0-9a-fA-F]{6,64}", commit):
         raise ValueError(
-            f'{REVISION} must be a commit, 6 to 64 hexadecimal digits, if need be with "+changes" after it, got {given!r}'
+            f'{REVISION} must be a commit, 6 to 64 hexadecimal digits, optionally followed by "+changes", got {given!r}'
         )
     return {"revision": commit or None, "dirty": given != commit if commit else None}
 
@@ -74,7 +74,7 @@ def _git(top: os.PathLike[str]) -> dict[str, Any] | None:
 
     try:
         if not os.path.samefile(asked("rev-parse", "--show-toplevel"), top):
-            return None  # unpacked into somebody else's repository
+            return None  # unpacked inside another repository
         revision = asked("rev-parse", "HEAD")
         return {
             "revision": revision,
@@ -89,8 +89,8 @@ def execution_facts(
 ) -> dict[str, Any]:
     """The `environment`, and how `settings` are executed on a device: precision, TF32, memory format.
 
-    "tf32" is whether convolutions in float32 may round their inputs to TF32. `parameters` is the dtype of the model's: a
-    float64 model computes in float64 whatever the settings.
+    "tf32" is whether convolutions in float32 may round their inputs to TF32. `parameters` is the dtype of the model's
+    parameters: a float64 model computes in float64 whatever the settings.
     """
     dtype = pick_precision(settings.precision, device, parameters)
     return environment(device) | {
@@ -101,13 +101,13 @@ def execution_facts(
 
 
 class Execution:
-    """How a run is carried out, as it is recorded; includes earlier processes of the same run, known from checkpoints.
+    """How a run is carried out, for its record; includes earlier processes of the same run, known from checkpoints.
 
     Attributes:
-        now: of this process, or of process 0 for all: `execution_facts`, whether the model is compiled, how many processes
-            train together, and as "others" the same facts about these.
-        earlier: the same of the processes before, if the run was interrupted.
-        after: of a process that found the training finished and only measured; None if there was none.
+        now: this process, or process 0 for all: `execution_facts`, whether the model is compiled, how many processes train
+            together, and as "others" the same facts about the other ones.
+        earlier: the same for the processes before, if the run was interrupted.
+        after: the same for a process that found the training finished and only measured; None if there was none.
     """
 
     def __init__(self, device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32) -> None:
@@ -125,18 +125,18 @@ class Execution:
             each["compiled"] = outcome
 
     def finished(self, states: list[dict[str, Any]]) -> None:
-        """Nothing is left to train: the processes that trained are known from a checkpoint's `states`."""
+        """Note that nothing is left to train; a checkpoint's `states` describe the processes that trained."""
         self.after = self.now
         *self.earlier, self.now = states
 
     def follow(self, before: list[dict[str, Any]]) -> None:
-        """Resume after the processes in `before`, from `states`; warns if the precision has changed."""
+        """Continue after the processes in `before`, from `states`; warns if the precision has changed."""
         self.earlier = before
         last = before[-1]["precision"] if before else self.now["precision"]
         if last != self.now["precision"]:
             warnings.warn(
                 f"the checkpoint was written in {last}, and training resumes in {self.now['precision']}: the outcome is "
-                'that of neither alone, and the record says so. Settings(precision="...") chooses one',
+                'that of neither alone, as the record shows. Settings(precision="...") chooses one',
                 stacklevel=2,
             )
 

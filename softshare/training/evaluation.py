@@ -38,8 +38,8 @@ def with_reestimated_statistics(
 ) -> nn.Module:
     """A copy in eval mode whose BatchNorm statistics are re-estimated on inputs (N, ...), on the model's device.
 
-    Running statistics lag behind the weights, so at a high rate scores jump from epoch to epoch; and after a fold they
-    describe weights that are gone. No weight changes. The statistics are the mean over batches of `batch` examples;
+    Running statistics lag behind the weights, so at a high rate scores jump from epoch to epoch; after a fold they describe
+    weights that no longer exist. No weight changes. The statistics are the mean over batches of `batch` examples;
     dropout, if any, draws the same numbers in each call, and the default random generators are left as they were.
     """
     model = copy.deepcopy(model)

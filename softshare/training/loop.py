@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import without_addresses
-from ..files import user_path
+from ..files import user_path, writable
 from ..precautions import refuse_inference
 from . import distributed
 from .checkpoints import ForeignCheckpoint, RunFolder, load_optimizer_tensors, optimizer_tensors
@@ -57,14 +57,14 @@ def fit(
     """Train a model in place.
 
     With `checkpoints`, a run that was killed resumes from its newest checkpoint and, in one process on a CPU, ends with the
-    same weights, bit for bit, as an uninterrupted one. (With several processes, dropout resumes with other random numbers.)
+    same weights, bit for bit, as an uninterrupted one. (With several processes, dropout resumes with new random numbers.)
     Under ``torchrun`` every process calls this with the same arguments: each batch is divided among them, gradients are
     averaged by DistributedDataParallel, and process 0 writes and reports for all.
 
     Args:
         model: moved to the device, and left there in eval mode. Its outputs must be one tensor, its parameters all float32,
-            or all float64, which then is the precision. Its state dict may hold more than tensors
-            (`get_extra_state`): what JSON can hold travels in checkpoints.
+            or all float64, which is then the precision. Its state dict may hold more than tensors (`get_extra_state`);
+            checkpoints keep whatever JSON can hold.
         task: `softshare.training.tasks.Classification`, `ShortestPaths`, or another `Task`.
         settings: see `Settings`.
         callbacks: functions called as ``callback(model, epoch)`` before the first epoch (with 0) and after each, or
@@ -79,19 +79,23 @@ def fit(
 
     Returns:
         One dict per epoch: epoch (from 1), rate, loss (mean over the epoch's examples, penalty included), seconds,
-        examples_per_second, and where the epoch was evaluated the task's metrics as "held_out_...".
+        examples_per_second, and if the epoch was evaluated, the task's metrics as "held_out_...".
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message names step, rate and last good checkpoint.
         ForeignCheckpoint: a ValueError; the folder holds only checkpoints of other runs.
+        OSError: nothing can be written to the folder of checkpoints.
         NoSuchDevice: a RuntimeError; CUDA was requested but is not available.
         TypeError: the model's outputs are not one tensor, or its extra state cannot be kept in checkpoints.
         ValueError: parameters of several dtypes or in half precision, or made under `torch.inference_mode`.
     """
-    if not isinstance(model, nn.Module) or not isinstance(settings, Settings):
+    if not isinstance(model, nn.Module) or not isinstance(task, Task) or not isinstance(settings, Settings):
         raise TypeError(
-            f"fit takes a torch.nn.Module and Settings, got {type(model).__name__}, {type(settings).__name__}"
+            "fit takes a torch.nn.Module, a task such as Classification(train, test), and Settings, got "
+            f"{type(model).__name__}, {type(task).__name__}, {type(settings).__name__}"
         )
+    if odd := [each for each in callbacks if isinstance(each, type) or not (callable(each) or hasattr(each, "record"))]:
+        raise TypeError(f"callbacks must be functions or instances such as SimilarityRecorder(), got {odd}")
     if not checkpoint_seconds >= 0:
         raise ValueError(f"checkpoint_seconds must be at least 0, got {checkpoint_seconds}")
     refuse_inference(model)
@@ -101,7 +105,7 @@ def fit(
         distributed.process_group(pick_device(device)) as place,
         convolution_kernels(place, settings.tf32),
     ):
-        folder = None if checkpoints is None else user_path(checkpoints)
+        folder = None if checkpoints is None else writable(user_path(checkpoints))
         run = _Run(model, task.to(place), settings, callbacks, place, folder, checkpoint_seconds)
         run.display = Progress(title, settings.epochs, task.size, progress and distributed.rank() == 0)
         try:
@@ -111,7 +115,7 @@ def fit(
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
-    """What a model's state dict holds besides tensors. Raises TypeError for what JSON would not give back as it is."""
+    """What a model's state dict holds besides tensors. Raises TypeError for what JSON would not return unchanged."""
     extra = {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
     for name, value in extra.items():
         try:
@@ -136,7 +140,7 @@ class _Losses:
     def __init__(self, steps: int, device: torch.device) -> None:
         self.values = torch.zeros(steps, device=device, dtype=torch.float32)
         self.checked = 0  # steps whose losses are known to be finite, and are averaged over processes
-        # Processes wait for one another each time, too.
+        # Processes also wait for one another each time.
         self.every = 50 if device.type == "cuda" else 10 if distributed.world_size() > 1 else 1
 
     def look(self, done: int) -> list[float]:
@@ -146,7 +150,7 @@ class _Losses:
         return latest.tolist()  # type: ignore[no-any-return]
 
     def mean(self, sizes: Tensor) -> float:
-        """Over the epoch's examples, given the size of each step's batch."""
+        """The mean over the epoch's examples, given the size of each step's batch."""
         return float((self.values.cpu().double() * sizes).sum() / sizes.sum())
 
 
@@ -170,7 +174,7 @@ class _Run:
         parameters = parameter_dtype(model)
         self.dtype = pick_precision(settings.precision, device, parameters)
         distributed.agree("the precision", torch.finfo(self.dtype).bits, int(self.dtype is torch.bfloat16))
-        self.steps = math.ceil(task.size / settings.batch_size)  # of an epoch
+        self.steps = math.ceil(task.size / settings.batch_size)  # per epoch
         model.to(device=device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -182,20 +186,20 @@ class _Run:
         torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
         self.folder = RunFolder(folder, self._identity(), pause)
         if folder is not None:
-            _extra_state(model)  # cannot be kept? then say so before hours of training
-        self.epoch, self.step = 1, 0  # the current epoch, and its steps done
+            _extra_state(model)  # if it cannot be kept, fail before hours of training
+        self.epoch, self.step = 1, 0  # the current epoch, and its steps so far
         self.losses = _Losses(self.steps, device)
-        self.seconds = 0.0  # spent on the epoch
+        self.seconds = 0.0  # spent on the current epoch
         self.history: list[dict[str, float]] = []
 
     def _identity(self) -> dict[str, Any]:
-        """All that decides the outcome: what a checkpoint must have in common with this run to be resumed from."""
+        """All that decides the outcome: a run resumes only from a checkpoint with the same identity."""
         shapes = [
             f"{name} {tuple(value.shape) if isinstance(value, Tensor) else ''}"
             for name, value in self.model.state_dict().items()
         ]
         return {
-            # A model's text has what its weights do not have, such as dropout.
+            # A model's text shows what its weights do not, such as dropout.
             "model": _digest(without_addresses(str(self.model)), *shapes),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "examples": self.task.size,
@@ -210,11 +214,11 @@ class _Run:
 
     def train(self) -> History:
         resumed = self._resume()
-        distributed.agree("the epoch and step to go on at", self.epoch, self.step)
+        distributed.agree("the epoch and step to resume at", self.epoch, self.step)
         if not resumed:
             self._call(0)
         elif self.epoch > self.settings.epochs:
-            self.display.say(f"finished already: {self.folder.last_good}")
+            self.display.say(f"already finished: {self.folder.last_good}")
         while self.epoch <= self.settings.epochs:
             task, rate = self.task.at(self.epoch), self.settings.rate_of(self.epoch - 1)
             self._train_epoch(task, rate)
@@ -241,7 +245,7 @@ class _Run:
         self.seconds += time.perf_counter() - started
 
     def _batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """What is left of the epoch: inputs and targets of this process, and the weight of their mean loss."""
+        """The rest of the epoch: inputs and targets of this process, and the weight of their mean loss."""
         self.order_before = self.order.get_state()
         order = (
             torch.randperm(task.size, generator=self.order, device="cpu")
@@ -330,7 +334,7 @@ class _Run:
         path, tensors, facts = found
         if not self.task.identity():
             warnings.warn(
-                f"resuming from {path}: {type(self.task).__name__} has no identity(), so nothing can tell whether its "
+                f"resuming from {path}: {type(self.task).__name__} has no identity(), so nothing shows whether its "
                 "data are the same as before",
                 stacklevel=2,
             )
@@ -368,5 +372,5 @@ class _Run:
             torch.set_rng_state(tensors["random.cpu"])
             if self.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        else:  # only process 0's state is kept; dropout in the others continues with its own numbers
+        else:  # only process 0's state is kept; dropout in the others continues with new numbers
             torch.manual_seed(self.settings.seed + 1_000_003 * distributed.rank() + self.total_steps)

@@ -1,10 +1,10 @@
 """Keeps PyTorch away from matrix units that crash it.
 
-Some virtual machines announce Intel's AMX but hide the table of its tile sizes (CPUID leaf 0x1D). oneDNN then configures
-no tiles, and PyTorch's first matrix product in bfloat16 dies of an illegal instruction and takes the interpreter with it. So
-where AMX is announced, one such product is tried in a separate process, once after each boot; if that process crashes,
-oneDNN is told to use AVX-512 instead, before its first use. An interpreter that cannot start itself, as inside an
-application, tries nothing: set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 there if PyTorch crashes.
+Some virtual machines report Intel's AMX but hide the table of its tile sizes (CPUID leaf 0x1D). oneDNN then configures no
+tiles, and PyTorch's first matrix product in bfloat16 hits an illegal instruction, which kills the interpreter. So if a CPU
+reports AMX, one such product is tried in a separate process, once per boot. If that process crashes, oneDNN is set to use
+AVX-512 instead, before its first use. An interpreter that cannot start itself, as inside an application, tries nothing; if
+PyTorch crashes there, set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 _VARIABLE = "ONEDNN_MAX_CPU_ISA"
-_PROBING = "SOFTSHARE_PROBING"  # set for the process that probes, lest it starts another
+_PROBING = "SOFTSHARE_PROBING"  # set for the process that probes, so that it does not start another
 _WITHOUT_AMX = "AVX512_CORE_BF16"
 _PROBE = "import torch; torch.ones(128, 256, dtype=torch.bfloat16) @ torch.ones(256, 256, dtype=torch.bfloat16)"
 
 
 def interpreter() -> str | None:
-    """The Python interpreter that runs this process; None where there is none, or an application that has Python inside."""
+    """The Python interpreter that runs this process; None if there is none, as in an application that embeds Python."""
     path = sys.executable
     if not path or getattr(sys, "frozen", False):
         return None
@@ -36,7 +36,7 @@ def interpreter() -> str | None:
 
 
 def avoid_crashing_units(cache: Path) -> bool:
-    """Set ONEDNN_MAX_CPU_ISA if AMX is announced and crashes; returns whether it was set. A value already set is kept.
+    """Set ONEDNN_MAX_CPU_ISA if AMX is reported but crashes; returns whether it was set. An existing value is kept.
 
     Args:
         cache: folder in which the outcome is remembered until the next boot.
@@ -54,7 +54,7 @@ def avoid_crashing_units(cache: Path) -> bool:
         if outcome not in ("crashes", "works"):
             outcome = _probed()
             if outcome:
-                with contextlib.suppress(OSError):  # a read-only place: the next process tries again
+                with contextlib.suppress(OSError):  # a read-only folder: the next process tries again
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     kept.write_text(outcome + "\n", encoding="utf-8")
     except (OSError, subprocess.TimeoutExpired):
@@ -66,7 +66,7 @@ def avoid_crashing_units(cache: Path) -> bool:
 
 
 def _probed() -> str:
-    """Try one product in a process of its own: "works", "crashes", or "" where that says nothing."""
+    """Try one product in a separate process: "works", "crashes", or "" if that shows neither."""
     python = interpreter()
     if python is None or os.environ.get(_PROBING):
         return ""
@@ -80,17 +80,17 @@ def _probed() -> str:
 def bfloat16_pays() -> bool:
     """Whether this CPU computes in bfloat16 faster than in float32.
 
-    True with matrix units (Intel AMX), and with bfloat16 dot products (AVX-512 BF16) on a CPU that does not announce
-    matrix units, as far as ONEDNN_MAX_CPU_ISA lets oneDNN use them. An Intel CPU whose matrix units cannot be used computes
+    True with matrix units (Intel AMX), and with bfloat16 dot products (AVX-512 BF16) on a CPU that does not report matrix
+    units, if ONEDNN_MAX_CPU_ISA lets oneDNN use them. An Intel CPU whose matrix units cannot be used computes
     dot products at the speed of float32.
     """
-    announced, dots = (
+    reported, dots = (
         bool(check and check())
         for check in (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
     )
     limit = os.environ.get(_VARIABLE, "").upper()
     units = limit in ("", "ALL", "DEFAULT") or "AMX" in limit
-    return (announced and units) or (dots and not announced and (units or "BF16" in limit or "FP16" in limit))
+    return (reported and units) or (dots and not reported and (units or "BF16" in limit or "FP16" in limit))
 
 
 def processor_name() -> str:

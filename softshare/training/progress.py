@@ -1,4 +1,4 @@
-"""The progress of a training: a bar on a terminal, plain lines in a notebook or a log."""
+"""The progress of a training run: a bar on a terminal, plain lines in a notebook or a log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def say(text: str) -> None:
-    """Print a line, whatever letters the terminal knows: those that it does not are written as ``\\N{NAME}``."""
+    """Print a line; letters that the terminal cannot show are written as ``\\N{NAME}``."""
     try:
         print(text, flush=True)
     except UnicodeEncodeError:
@@ -22,8 +22,10 @@ def on_a_terminal(stream: Any) -> bool:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a notebook, a log) plain lines: at the end of an epoch, at most one per second, and
-    in long epochs one every 30 seconds."""
+    """A bar on a terminal; plain lines elsewhere, as in a notebook or a log.
+
+    Lines come at the end of each epoch, but at most one per second, and in long epochs every 30 seconds.
+    """
 
     def __init__(self, title: str, epochs: int, size: int, shown: bool) -> None:
         self.title, self.epochs, self.size, self.shown = title, epochs, size, shown
@@ -52,7 +54,7 @@ class Progress:
             say(f"{self.title}: {text}")
 
     def look(self, epoch: int, loss: float) -> None:
-        """Within an epoch."""
+        """Report progress within an epoch."""
         now = time.perf_counter()
         if self.bar is not None:
             self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs}, loss {loss:.3f}", refresh=False)
@@ -62,7 +64,7 @@ class Progress:
             self.last = now
 
     def epoch(self, row: dict[str, float]) -> None:
-        """At the end of an epoch."""
+        """Report the end of an epoch."""
         now, epoch = time.perf_counter(), int(row["epoch"])
         names = {"held_out_accuracy": "accuracy", "held_out_f1": "F1", "held_out_exact": "exact"}
         found = [f"{names[name]} {value:.4g}" for name, value in row.items() if name in names]

@@ -21,12 +21,12 @@ from ..similarity import layer_similarity
 class SimilarityRecorder:
     """Snapshots of a model's layer similarity matrices over training.
 
-    Call ``recorder.record(model, step)`` whenever you want a snapshot, with increasing steps. Given one as a callback, `fit`
-    does so before the first epoch and after each, and counts in epochs.
+    Call ``recorder.record(model, step)`` whenever you want a snapshot, with increasing steps. If a recorder is one of its
+    callbacks, `fit` does so before the first epoch and after each, and counts in epochs.
 
     Args:
         dense_epochs: `fit` takes several snapshots per epoch for the first `dense_epochs` epochs.
-        per_epoch: how many in each of those; their steps are fractions of epochs.
+        per_epoch: how many in each of those epochs; their steps are fractions of epochs.
 
     Attributes:
         steps: increasing numbers, one per snapshot.
@@ -39,7 +39,7 @@ class SimilarityRecorder:
         self.coefficients: dict[str, list[np.ndarray]] = {}
 
     def due(self, epoch: int, step: int, steps: int) -> bool:
-        """Whether a snapshot is wanted after `step` of `steps` within an epoch (from 1); its end is always recorded."""
+        """Whether to take a snapshot after `step` of `steps` in an epoch (from 1), whose end is recorded in any case."""
         passed = (step * self.per_epoch) // steps > ((step - 1) * self.per_epoch) // steps
         return epoch <= self.dense_epochs and step < steps and passed
 
@@ -76,8 +76,10 @@ class SimilarityRecorder:
         return kept
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything, as kept in checkpoints and files: "steps", "names" (JSON as bytes), and as "coefficients_i" those of
-        group i over time, (snapshots, L, k)."""
+        """Everything, for checkpoints and files.
+
+        The keys are "steps", "names" (JSON as bytes) and, for each group i over time, "coefficients_i", (snapshots, L, k).
+        """
         names = torch.tensor(list(json.dumps(list(self.coefficients)).encode()), dtype=torch.uint8, device="cpu")
         state = {"steps": torch.tensor(self.steps, dtype=torch.float64, device="cpu"), "names": names}
         for number, snapshots in enumerate(self.coefficients.values()):
@@ -91,7 +93,7 @@ class SimilarityRecorder:
         self.coefficients = {name: list(state[f"coefficients_{i}"].numpy()) for i, name in enumerate(names)}
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one .npz file (no pickle), whole or not at all."""
+        """Write everything to one .npz file (no pickle), completely or not at all."""
         with atomic_file(user_path(path)) as file:
             file.write(self.to_bytes())
 
@@ -104,9 +106,9 @@ class SimilarityRecorder:
 
     @classmethod
     def load(cls, path: str | Path) -> SimilarityRecorder:
-        """Read what `save` wrote. Raises OSError for a file that cannot be read, ValueError for one that is not ours."""
+        """Read what `save` wrote. Raises OSError for a file that cannot be read, ValueError for any other file."""
         path, recorder = user_path(path), cls()
-        data = path.read_bytes()  # errors of reading first: they say nothing about the content
+        data = path.read_bytes()  # errors of reading come first, as they show nothing about the content
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 recorder.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})

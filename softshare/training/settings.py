@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adam")
 
 @dataclass(frozen=True)
 class Schedule:
-    """What decides the outcome of a training. The defaults are those of the authors' released code for CIFAR.
+    """What decides the outcome of a training run. The defaults are those of the authors' released code for CIFAR.
 
     Attributes:
         epochs: passes over the training examples; 200 in the authors' code, no default here.
@@ -55,19 +55,22 @@ class Schedule:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            object.__setattr__(self, name, float(value))  # numpy's numbers are no JSON
+            object.__setattr__(self, name, float(value))  # numpy's numbers are not JSON
             if not math.isfinite(value) or value < 0 or (value == 0 and name in ("rate", "factor")):
                 least = "above 0" if name in ("rate", "factor") else "at least 0"
                 raise ValueError(f"{name} must be finite and {least}, got {value}")
-        if isinstance(self.milestones, str) or not all(isinstance(each, numbers.Real) for each in self.milestones):
+        listed = not isinstance(self.milestones, (str, set)) and hasattr(self.milestones, "__iter__")
+        if not listed or not all(isinstance(each, numbers.Real) for each in self.milestones):
             raise TypeError(f"milestones must be fractions of the epochs, such as (0.3, 0.6), got {self.milestones!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        if not -(2**62) <= self.seed < 2**62:
+            raise ValueError(f"seed must be from -2**62 to 2**62 - 1, got {self.seed}")
         object.__setattr__(self, "seed", int(self.seed))
         object.__setattr__(self, "milestones", tuple(float(each) for each in self.milestones))
 
     def schedule(self) -> dict[str, Any]:
-        """The fields of the schedule alone, as JSON has them."""
+        """The fields of the schedule alone, as JSON."""
         chosen = {field.name: getattr(self, field.name) for field in fields(Schedule)}
         return chosen | {"milestones": list(self.milestones)}
 
@@ -84,12 +87,12 @@ class Settings(Schedule):
     """How to train: a `Schedule`, and the execution, which only changes speed and rounding.
 
     Attributes:
-        precision: "float32", "bfloat16", "float16" or "auto": bfloat16 where the device has units for it, else float16 on
+        precision: "float32", "bfloat16", "float16" or "auto": bfloat16 if the device has units for it, else float16 on
             CUDA (with a gradient scaler) and float32 on a CPU. A model with float64 parameters computes in float64.
         tf32: whether convolutions in float32 on CUDA may round their inputs to TF32, as PyTorch does by default.
         channels_last: whether to keep activations and weights in channels_last memory format.
         compile: whether to compile the model with torch.compile, which takes a minute or two before the first step; None: on
-            CUDA, for runs of at least 1,000 steps. If it fails, a warning says so and training continues without it.
+            CUDA, for runs of at least 1,000 steps. If it fails, a warning reports it and training continues without it.
     """
 
     precision: str = "auto"

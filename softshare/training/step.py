@@ -53,12 +53,12 @@ def train_step(
 
 
 class Stepper:
-    """The steps of one training: the model as it is called, its optimizer, its gradient scaler.
+    """The steps of one training run: the model as it is called, its optimizer, its gradient scaler.
 
     Attributes:
         wanted: whether the model should be compiled by torch.compile.
-        outcome: whether it was, for a record: False (not wanted), True, or that it failed. All processes decide together,
-            at the first step.
+        outcome: whether it was compiled, for a record: False (not wanted), True, or a text if it failed. All processes
+            decide together, at the first step.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Stepper:
 class FullBatchesCompiled(nn.Module):
     """A model that runs compiled on inputs of one shape and uncompiled on others, such as an epoch's last, smaller batch.
 
-    Otherwise the compiler would start again for each new shape, minutes into the training, where no trial catches it.
+    Otherwise the compiler would start again for each new shape, minutes into the training, where no trial catches an error.
     """
 
     def __init__(self, model: nn.Module, compiled: nn.Module, shape: torch.Size) -> None:
@@ -129,7 +129,7 @@ class FullBatchesCompiled(nn.Module):
 def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> nn.Module:
     """``torch.compile(model)``, tried on one batch, forward and backward; if that fails, the model itself, with a warning.
 
-    Leaves gradients empty, and statistics and random numbers as they were. After an error of CUDA itself nothing works any
+    Leaves gradients empty, and statistics and random numbers as they were. After an error in CUDA itself nothing works any
     more, so that error is raised.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

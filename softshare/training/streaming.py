@@ -30,7 +30,7 @@ from ..images.augmentation import Augmentation
 from .tasks import Predict, Task
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of each channel over ImageNet's training images, on the scale 0 to 1: the values in common use."""
+"""Of each channel over ImageNet's training images, on the scale 0 to 1; these are the values in common use."""
 _NORMALISATION = Augmentation([255 * value for value in MEAN], [255 * value for value in DEVIATION])
 
 
@@ -50,7 +50,7 @@ class StreamedImages(Task):
     Attributes:
         size: number of training images.
         classes: names, sorted; a label is an index into them.
-        source: "ImageNet" if the classes are 1,000 numbers of the form n01440764, else the folder's name.
+        source: "ImageNet" if the classes are 1,000 names of the form n01440764, else the folder's name.
         fingerprint: SHA-256 of the names and sizes of all files used; copies of a folder have the same.
 
     Args:
@@ -61,7 +61,7 @@ class StreamedImages(Task):
 
     Raises FileNotFoundError without the folder, ValueError without a split or without images of a class in it, TypeError
     for a side or workers that are not whole numbers; while reading, ValueError for a damaged image and WorkerDied, a
-    RuntimeError, when a worker died. Images that are left out, for their ending or their place, are counted in a warning.
+    RuntimeError, if a worker dies. A warning counts the files that are left out because of their ending or place.
     """
 
     def __init__(
@@ -130,18 +130,20 @@ class StreamedImages(Task):
             sampler=(indices.tolist() for indices in order),  # type: ignore[arg-type]
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator("cpu"),  # so that nothing is drawn from the one that dropout uses
+            generator=torch.Generator("cpu"),  # so that nothing is drawn from the generator that dropout uses
         )
         try:
             for found in loader:
                 batch = self._received(found)
-                with _deaths_kept():
+                with _worker_deaths_deferred():
                     yield batch
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            told = f"one of {self.workers} workers that decode images of {self.path} died, often because memory ran out"
-            raise WorkerDied(f"{told}; use fewer workers or smaller batches ({str(error).strip()})") from error
+            cause = (
+                f"one of {self.workers} workers that decode images of {self.path} died, often because memory ran out"
+            )
+            raise WorkerDied(f"{cause}; use fewer workers or smaller batches ({str(error).strip()})") from error
 
     def _received(self, found: Any) -> tuple[Tensor, Tensor]:
         if isinstance(found, str):
@@ -152,16 +154,16 @@ class StreamedImages(Task):
 
 @dataclass(frozen=True, eq=False)
 class _Reader(Dataset[Any]):
-    """Batches of images, in whatever process; with `draw`, (seed, epoch), cropped and mirrored at random."""
+    """Reads batches of images, in any process; with `draw`, (seed, epoch), they are cropped and mirrored at random."""
 
     folder: Path
-    names: np.ndarray  # (n,) bytes: a million strings would take several times the room, and again in each worker
+    names: np.ndarray  # (n,) bytes: a million strings would take several times the memory, again in each worker
     labels: np.ndarray  # (n,) int64
     side: int
     draw: tuple[int, int] | None = None
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | str:
-        """(N, 3, side, side) uint8 and (N,) labels; or what is wrong: an exception would come with a worker's traceback."""
+        """(N, 3, side, side) uint8 and (N,) labels, or an error message: an exception would show a worker's traceback."""
         pixels = np.empty((len(indices), self.side, self.side, 3), np.uint8)
         for place, index in enumerate(indices):
             path = self.folder / os.fsdecode(self.names[index])
@@ -186,7 +188,7 @@ class _Reader(Dataset[Any]):
         width, height = image.size
         left, top, wide, high = _crop(width, height, random)
         shrink = max(1, min(wide, high) // self.side)
-        image.draft(None, (width // shrink, height // shrink))  # JPEG is decoded at 1/2, 1/4 or 1/8 where enough
+        image.draft(None, (width // shrink, height // shrink))  # JPEG is decoded at 1/2, 1/4 or 1/8 if enough
         across, down = image.size
         (x, right), (y, bottom) = (left * across, (left + wide) * across), (top * down, (top + high) * down)
         box = x / width, y / height, right / width, bottom / height
@@ -195,7 +197,7 @@ class _Reader(Dataset[Any]):
 
 
 def _crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part of an image; where ten draws do not fit, its middle."""
+    """Left, top, width and height of a random part of an image; if ten draws do not fit, of its middle."""
     for _ in range(10):
         area, ratio = width * height * random.uniform(0.08, 1), (4 / 3) ** random.uniform(-1, 1)
         wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -213,8 +215,8 @@ def _workers(given: int | None) -> int:
 
 
 @contextlib.contextmanager
-def _deaths_kept() -> Iterator[None]:
-    """Raise a worker's death with the next batch; PyTorch's signal handler would raise it inside the caller's code."""
+def _worker_deaths_deferred() -> Iterator[None]:
+    """Report a worker's death with the next batch; PyTorch's signal handler would raise it inside the caller's code."""
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield

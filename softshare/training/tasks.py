@@ -19,7 +19,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Task(ABC):
-    """Examples, their loss and an evaluation; the base class for other kinds of data.
+    """Examples, their loss and an evaluation; the base class for any kind of data.
 
     Attributes:
         size: number of training examples per epoch.
@@ -36,7 +36,7 @@ class Task(ABC):
         return self
 
     def identity(self) -> str:
-        """A text that differs for other training examples or other augmentation; "" where the task cannot tell.
+        """A text that differs for other training examples or other augmentation; "" if the task cannot tell.
 
         A run resumes only from checkpoints with the same identity. Without one it cannot notice that the data have changed,
         and warns when it resumes.
@@ -62,7 +62,7 @@ class Task(ABC):
 
 
 class Classification(Task):
-    """Images and labels; cross-entropy; evaluation gives loss, accuracy and error (both in %).
+    """Images and labels, with cross-entropy; evaluation gives loss, accuracy and error (both in %).
 
     Args:
         train: the images to train on.
@@ -79,7 +79,7 @@ class Classification(Task):
         self.images, self.labels = train.images, train.labels
         self.held_out = None if held_out is None else (held_out.images, held_out.labels)
         self.size, self.fingerprint = len(train.labels), train.fingerprint
-        self._drawn: tuple[Any, Tensor] | None = None  # of the latest epoch, with all that they depend on
+        self._drawn: tuple[Any, Tensor] | None = None  # of the latest epoch, with everything they depend on
 
     def to(self, device: torch.device) -> Classification:
         moved = copy.copy(self)
@@ -116,8 +116,9 @@ class Classification(Task):
 
 
 class ShortestPaths(Task):
-    """Grids and their path pixels; binary cross-entropy per pixel; evaluation gives the loss and the scores of
-    `softshare.shortest_path.scores_beside_the_rule`.
+    """Grids and their path pixels, with binary cross-entropy per pixel.
+
+    Evaluation gives the loss and the scores of `softshare.shortest_path.scores_beside_the_rule`.
 
     Args:
         train, held_out: from `softshare.shortest_path.generate`; None: no evaluation.
@@ -153,7 +154,7 @@ class ShortestPaths(Task):
 
 
 class Curriculum(Task):
-    """`ShortestPaths` tasks in turn, each for the same number of epochs; the last one remains.
+    """`ShortestPaths` tasks in turn, each for the same number of epochs; the last one stays after that.
 
     Args:
         phases: tasks of equal size.

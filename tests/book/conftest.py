@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(TOP / "book"))  # where build.py stands: it is no part of the package
+sys.path.insert(0, str(TOP / "book"))  # for build.py, which is not part of the package
 
-ELSEWHERE = "somebody/fork"
+FORK = "somebody/fork"
 
 HEAD = """---
 kernelspec:
@@ -35,15 +35,15 @@ RUNS = ""
 """
 
 
-def moved(config: str) -> str:
+def with_fork_url(config: str) -> str:
     """The text of _config.yml with its one line `url:` changed, as in a fork."""
-    changed, lines = re.subn(r"^  url: .*$", f"  url: https://github.com/{ELSEWHERE}", config, flags=re.M)
+    changed, lines = re.subn(r"^  url: .*$", f"  url: https://github.com/{FORK}", config, flags=re.M)
     assert lines == 1
     return changed
 
 
 def copy_tree(target: Path) -> Path:
-    """What would be committed now: files that git tracks or would add, as they stand in the working tree."""
+    """Copy what a commit of everything would hold: files that git tracks or would add, as in the working tree."""
     listed = subprocess.run(
         ["git", "-C", str(TOP), "ls-files", "-z", "-co", "--exclude-standard"],
         capture_output=True,
@@ -75,7 +75,7 @@ class TinyProject:
         (top / "softshare").mkdir()
         self.write("softshare/__init__.py", "value = 1\n")
         self.write("constraints.txt", "torch==2.13.0\n")
-        self.write("_config.yml", moved((TOP / "_config.yml").read_text(encoding="utf8")))
+        self.write("_config.yml", with_fork_url((TOP / "_config.yml").read_text(encoding="utf8")))
         self.write("book/references.bib", (TOP / "book" / "references.bib").read_text(encoding="utf8"))
         for extension in ("docstrings", "theme"):
             self.write(f"book/{extension}.py", "def setup(app):\n    return {}\n")
@@ -95,19 +95,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyProject:
 
 
 @pytest.fixture(scope="session")
-def copied():
+def copy_project():
     return copy_tree
 
 
 @pytest.fixture(scope="session")
 def move():
-    return moved
+    return with_fork_url
 
 
 @pytest.fixture(scope="session")
-def elsewhere() -> str:
-    """Where the tiny projects live, as owner/name."""
-    return ELSEWHERE
+def fork() -> str:
+    """The GitHub repository of the tiny projects, as owner/name."""
+    return FORK
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def times_run(project):
     return len((project.top / "book" / "log.txt").read_text())
 
 
-def test_an_unchanged_chapter_is_not_run_again_and_a_changed_package_runs_it(project, make_chapter):
+def test_an_unchanged_chapter_is_skipped_and_a_changed_package_reruns_it(project, make_chapter):
     project.write("book/01-one.md", make_chapter(COUNT))
     assert execute(project.book, FAST) == ["01-one"]
     assert execute(project.book, FAST) == []
@@ -36,6 +36,7 @@ def test_everything_that_a_result_depends_on_is_in_its_key(project, make_chapter
     project.write("book/01-one.md", make_chapter("1 + 1"))
     (project.top / "data" / "runs").mkdir(parents=True)
     (project.top / "softshare" / "models").mkdir()
+    (project.top / "data" / "cache").mkdir()
     images = tmp_path_factory.mktemp("images")
     keys = [chapter_key(project.book, "01-one", FAST)]
 
@@ -114,7 +115,7 @@ def test_a_new_record_makes_the_results_page_run_again(project, make_chapter, fo
     assert chapter_key(project.book, "results", FAST) != before
 
 
-def test_a_failing_chapter_fails_the_build_and_nothing_stale_passes_for_new(project, make_chapter, capsys):
+def test_a_failing_chapter_fails_the_build_and_its_old_result_does_not_count(project, make_chapter, capsys):
     project.write("book/01-one.md", make_chapter("print('first edition')"))
     project.write("book/02-two.md", make_chapter("print('fine')"))
     execute(project.book, {})
@@ -125,10 +126,10 @@ def test_a_failing_chapter_fails_the_build_and_nothing_stale_passes_for_new(proj
     said = capsys.readouterr().err
     failed = project.book.output / "01-one.failed.ipynb"
     assert "01-one failed" in said and "ValueError: the reason" in said and str(failed) in said
-    assert "second edition" in failed.read_text(), "kept for looking at"
+    assert "second edition" in failed.read_text(), "kept for inspection"
     assert (project.book.output / "01-one.ipynb").read_text() == old
     assert not is_current(project.book, "01-one", {})
-    assert is_current(project.book, "02-two", {}), "the others are tried all the same"
+    assert is_current(project.book, "02-two", {}), "the other chapters still run"
     assert not project.book.html.exists()
     with pytest.raises(BuildError, match="no current result of 01-one"):
         render(project.book, {})
@@ -173,7 +174,7 @@ def test_unknown_chapters_and_malformed_parameters_are_errors(project, make_chap
 
 
 @pytest.mark.long
-def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, elsewhere, capsys):
+def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, fork, capsys):
     project.write("book/_toc.yml", "format: jb-book\nroot: intro\nchapters:\n  - file: 01-one\n")
     project.write("book/intro.md", "# Welcome\n\nSee [the chapter](01-one.md).\n\n$$x^2$$\n")
     project.write("book/01-one.md", make_chapter("print('so it is')"))
@@ -181,20 +182,20 @@ def test_the_book_renders_and_a_warning_is_an_error(project, make_chapter, elsew
     assert main(command) == 0, capsys.readouterr().err
     page = (project.book.html / "01-one.html").read_text(encoding="utf8")
     assert "so it is" in page
-    twin = f"https://colab.research.google.com/github/{elsewhere}/blob/main/book/notebooks/01-one.ipynb"
+    twin = f"https://colab.research.google.com/github/{fork}/blob/main/book/notebooks/01-one.ipynb"
     opens = re.findall(rf'<a [^>]*href="{twin}"[^>]*>(.*?)</a>', page, flags=re.S)
     assert len(opens) == 2, "the theme's launch button, and the badge below the title"
     assert sum('alt="Open in Colab"' in inside for inside in opens) == 1
     assert "unchanged" not in capsys.readouterr().out
     assert main(command) == 0
     assert "book: unchanged" in capsys.readouterr().out
-    # What a page loads lies beside it: it can be read without a network.
+    # Everything that a page loads is stored next to it, so it can be read without a network.
     for path in project.book.html.glob("*.html"):
         tags = re.findall(r"<(?:script|img|iframe)[^>]*src=[^>]*>|<link[^>]*stylesheet[^>]*>", path.read_text("utf8"))
         assert not [tag for tag in tags if "//" in tag], path.name
 
     project.write("book/intro.md", "# Welcome\n\nSee {doc}`no-such-page`.\n")
-    for _ in range(2):  # a second try must not pass because the first has remembered the page
+    for _ in range(2):  # a second attempt must not pass because the first one cached the page
         assert main(command) == 1
         assert "no-such-page" in capsys.readouterr().err
 
@@ -216,7 +217,7 @@ def test_parameters_cells_hold_literals_only(top):
 
 def test_the_book_holds_no_outputs_and_no_page_twice(top):
     sources = {path.stem for path in (top / "book").glob("*.md")}
-    assert not [p.name for p in (top / "book").glob("*.ipynb")], "a notebook beside its source"
+    assert not [p.name for p in (top / "book").glob("*.ipynb")], "a notebook next to its source"
     for path in (top / "book" / "notebooks").glob("*.ipynb"):
         assert path.stem in sources
         notebook = json.loads(path.read_text(encoding="utf8"))

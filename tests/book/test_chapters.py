@@ -1,4 +1,4 @@
-"""Every chapter, run from its source in profile fast, by what it wrote and not by what it printed."""
+"""Every chapter, run from its source in profile fast and judged by its records, not by its output."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run(top: Path, name: str, folder: Path) -> list[dict[str, Any]]:
 def test_templates(top, tmp_path):
     (record,) = run(top, "01-templates", tmp_path)
     found = record["metrics"]
-    # One template per layer, frozen orthogonal coefficients: the plain network under SGD; not under Adam, nor once they
-    # learn.
+    # One template per layer and frozen orthogonal coefficients: equal to the plain network under SGD, but not under
+    # Adam or once the coefficients learn.
     assert found["sgd_difference"] < 1e-13
     assert found["adam_difference"] > 1e-3 and found["learned_difference"] > 1e-3
     counts = {
@@ -72,13 +72,13 @@ def test_similarity(top, tmp_path):
     assert found["layers"] == 30
     assert found["plain_distinct_at_09"] >= 25  # unregularised, hardly anything folds
     assert found["penalised_distinct_at_09"] < found["plain_distinct_at_09"]
-    # What folding costs is mostly stale BatchNorm: with statistics re-estimated hardly anything is left of it.
+    # The cost of folding is mostly stale BatchNorm: with re-estimated statistics hardly any of it is left.
     assert found["reestimated_change_at_09"] < max(5.0, found["kept_change_at_09"] / 2)
     assert found["plain_distinct_at_02"] < 30, "at a low enough threshold everything folds"
     assert found["fresh_95"] < found["random_95"] < found["penalised_largest_similarity"]
     assert found["by_hand_plan"].split("\n")[1] == "stage2: 1 -> 2 -> (3 -> 4) x 4"
     assert found["by_hand_difference"] < 1e-5
-    # The bank of 8 templates and 10 rows goes; two loop weights, two others and the loop's 8 scales come. The untied
+    # The bank of 8 templates and 10 rows is replaced by two loop weights, two others and the loop's 8 scales. The untied
     # groups have more layers than templates and keep their banks.
     weight = 32 * 32 * 9
     assert found["by_hand_parameters_saved"] == 8 * (weight + 10) - 4 * weight
@@ -91,7 +91,7 @@ def test_shortest_paths(top, tmp_path):
         record, plan = records[name], make_plan(name, "fast")
         assert record["hash"] == study_of(plan).identity(plan, record["data"]["fingerprint"]).hash
         found = record["metrics"]
-        for phase in (1, 2, 3):  # every phase ends ahead of the rule that needs no search
+        for phase in (1, 2, 3):  # better than the rule, which needs no search
             assert found[f"phase{phase}_exact"] > found[f"rule{phase}_exact"] + 0.02
             assert found[f"rule{phase}_hard_exact"] == 0.0
         assert found["before2_exact"] < found["phase2_exact"]
@@ -110,8 +110,8 @@ def test_results(top, tmp_path):
     assert found["largest_parameter_gap"] < 1  # the poster's numbers are rounded, some of them down
 
 
-def test_no_number_of_ours_stands_on_the_results_page_without_a_record(top, tmp_path):
-    """Records of known content go in; every cell of ours that is filled holds one of them, and every record fills one."""
+def test_every_number_of_ours_on_the_results_page_comes_from_a_record(top, tmp_path):
+    """With records of known content, every filled cell of ours shows one of them, and every record fills a cell."""
 
     def write(name, seed, metrics, source="CIFAR-10 (JPEG)", profile="paper", **change):
         plan = make_plan(name, profile, seed)
@@ -123,9 +123,9 @@ def test_no_number_of_ours_stands_on_the_results_page_without_a_record(top, tmp_
     for seed, error in enumerate((3.125, 3.375)):
         write("SWRN 28-6-2 cutout", seed, {"error": error})
     write("WRN 28-6 cutout", 0, {"error": 3.5})
-    write("WRN 28-6 cutout", 1, {"error": 77.77}, profile="gpu")  # of another schedule
+    write("WRN 28-6 cutout", 1, {"error": 77.77}, profile="gpu")  # from another schedule
     write("WRN 28-10*", 0, {"error": 66.66}, source="SVHN")
-    write("WRN 28-10*", 0, {"error": 55.55}, cutout=16)  # not as the recipe has it
+    write("WRN 28-10*", 0, {"error": 55.55}, cutout=16)  # not as in the recipe
     grids = {f"{who}{n}_exact": value + n for n in range(1, 6) for who, value in (("phase", 0.5), ("rule", 0.25))}
     write("SCNN lambda 0.01", 3, grids, source="shortest paths, generated")
     notebook = tmp_path / "results.ipynb"

@@ -1,7 +1,7 @@
 """The twins as Colab runs them: alone in an empty folder, without a checkout, in an environment that lacks softshare.
 
-The environment is a fresh one with what Colab brings, ipywidgets 7.7.1 among it. Git takes the project's address for a local
-repository of the working tree, so the first cells install from it unchanged.
+The environment is fresh and has what Colab provides, including ipywidgets 7.7.1. Git redirects the project's address to a
+local repository of the working tree, so the first cells install from it unchanged.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TWINS = sorted(path.stem for path in (TOP / "book" / "notebooks").glob("*.ipynb"
 #: Pictures with sliders, by chapter.
 MOVING = {"01-templates": 1, "03-similarity": 2, "04-shortest-path": 1}
 WIDGETS = "7.7.1"
-BROUGHT = ["torch", "numpy", "matplotlib", f"ipywidgets=={WIDGETS}", "ipykernel", "papermill"]
-# What variables of the surroundings begin with that must not reach the environment.
+PREINSTALLED = ["torch", "numpy", "matplotlib", f"ipywidgets=={WIDGETS}", "ipykernel", "papermill"]
+# Prefixes of the environment variables that must not reach the test environment.
 FOREIGN = tuple("PYTHON VIRTUAL_ENV SOFTSHARE JUPYTER IPYTHON MPL XDG_ GIT_DIR GIT_WORK GIT_INDEX".split())
 
 
 @dataclass
 class Colab:
-    """A Python with what Colab brings, and the environment variables of its processes."""
+    """A Python with what Colab provides, and the environment variables of its processes."""
 
     python: Path
     env: dict[str, str]
@@ -60,13 +60,13 @@ class Colab:
 
 
 def address(repository: Path) -> dict[str, str]:
-    """Environment variables under which git finds a local repository at the project's address."""
+    """Environment variables that make git use a local repository in place of the project's address."""
     key = f"url.{repository.as_uri()}.insteadOf"
     return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": key, "GIT_CONFIG_VALUE_0": read_site(TOP).url}
 
 
 def commit_record(folder: Path) -> Record:
-    """A record of the paper's schedule, and beside it one of profile fast, which must stay at home."""
+    """Write a record of the paper's schedule, and one of profile fast, which must not be shipped with the package."""
     similarity = SimilarityRecorder()
     similarity.record(models.build("SWRN 16-1-2"), 0)
     for profile in ("fast", "paper"):
@@ -78,9 +78,9 @@ def commit_record(folder: Path) -> Record:
 
 
 @pytest.fixture(scope="module")
-def colab(tmp_path_factory, copied):
+def colab(tmp_path_factory, copy_project):
     place = tmp_path_factory.mktemp("colab")
-    tree = copied(place / "softshare")
+    tree = copy_project(place / "softshare")
     committed = commit_record(tree / "data" / "runs")
     author = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org", "-c", "commit.gpgsign=false"]
     for command in (
@@ -92,7 +92,7 @@ def colab(tmp_path_factory, copied):
 
     home = place / "home"
     home.mkdir()
-    if (config := Path.home() / ".config" / "pip").is_dir():  # where packages come from is for the machine to say
+    if (config := Path.home() / ".config" / "pip").is_dir():  # the machine decides where packages come from
         shutil.copytree(config, home / ".config" / "pip")
     pins = (TOP / "constraints.txt").read_text(encoding="utf8").splitlines()
     ours = ("ipywidgets==", "widgetsnbextension==", "jupyterlab_widgets==")
@@ -104,7 +104,7 @@ def colab(tmp_path_factory, copied):
     base = Path(getattr(sys, "_base_executable", sys.executable))
     subprocess.run([base, "-m", "venv", place / "venv"], env=env, check=True)
     python = place / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", *BROUGHT], env=env, check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *PREINSTALLED], env=env, check=True)
     made = Colab(python, env | {"PATH": f"{python.parent}{os.pathsep}{env['PATH']}"}, committed)
     there = made.versions(home)
     assert there["ipywidgets"] == WIDGETS and not {"softshare", "altair"} & set(there)
@@ -113,7 +113,7 @@ def colab(tmp_path_factory, copied):
 
 @pytest.fixture
 def folder(colab, tmp_path):
-    """An empty folder, and softshare not installed."""
+    """An empty folder, with softshare not installed."""
     subprocess.run(
         [colab.python, "-m", "pip", "uninstall", "-q", "-y", "softshare"], env=colab.env, capture_output=True
     )
@@ -124,7 +124,7 @@ def folder(colab, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TWINS)
-def test_a_twin_alone_installs_the_package_and_runs_to_its_end(colab, folder, name):
+def test_a_twin_on_its_own_installs_the_package_and_runs_to_the_end(colab, folder, name):
     twin = shutil.copy(TOP / "book" / "notebooks" / f"{name}.ipynb", folder)
     output = folder.parent / "executed.ipynb"
     before = colab.versions(folder)
@@ -134,7 +134,7 @@ def test_a_twin_alone_installs_the_package_and_runs_to_its_end(colab, folder, na
     package = Path(colab.place(folder)).parent
     assert package.parent.name == "site-packages" and package.is_relative_to(colab.python.parents[1])
     after = colab.versions(folder)
-    assert {each: after.get(each) for each in before} == before, "nothing that was there is replaced"
+    assert {each: after.get(each) for each in before} == before, "no installed package is replaced"
     cells = [cell for cell in json.loads(output.read_text(encoding="utf8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in cells)
     outputs = [each for cell in cells for each in cell["outputs"]]
@@ -145,22 +145,22 @@ def test_a_twin_alone_installs_the_package_and_runs_to_its_end(colab, folder, na
 
     files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     written = {path for path in files if path.parent == Path("runs", "fast")}
-    assert files - written == {Path(f"{name}.ipynb")}, "records, and nothing else, are left beside it"
+    assert files - written == {Path(f"{name}.ipynb")}, "only records are left next to it"
     assert any(path.suffix == ".json" for path in written)
 
-    if name == "results":  # it shows what travelled: published figures, timings, committed records
+    if name == "results":  # it shows what came with the package: published figures, timings, committed records
         shown = json.dumps(outputs, ensure_ascii=False)
         timing = next((TOP / "data" / "benchmarks").glob("*.json")).read_text(encoding="utf8")
         assert json.loads(timing)["machine"]["processor"] in shown
         assert "3.25 (1 run, paper, CIFAR-10 (JPEG))" in shown
         stem = colab.committed.path.stem
-        brought = {path.name for path in (package / "runs").iterdir()} - {"README.md"}
+        shipped = {path.name for path in (package / "runs").iterdir()} - {"README.md"}
         ours = {path.name for path in (TOP / "data" / "runs").iterdir() if path.suffix in (".json", ".npz")}
-        assert brought == {f"{stem}.json", f"{stem}.npz"} | ours
+        assert shipped == {f"{stem}.json", f"{stem}.npz"} | ours
 
 
 @pytest.mark.long
-def test_an_install_that_fails_ends_the_notebook_with_its_reason(colab, folder, tmp_path):
+def test_a_failed_install_stops_the_notebook_with_the_reason(colab, folder, tmp_path):
     twin = shutil.copy(TOP / "book" / "notebooks" / f"{TWINS[0]}.ipynb", folder)
     output = tmp_path / "executed.ipynb"
     done = colab.run(Path(twin), output, **address(tmp_path / "nowhere"))
@@ -171,13 +171,15 @@ def test_an_install_that_fails_ends_the_notebook_with_its_reason(colab, folder, 
     assert "softshare was not installed" in error["evalue"] and not colab.place(folder)
 
 
-def test_without_a_checkout_the_records_that_the_package_brought_are_found(tmp_path, monkeypatch):
+def test_without_a_checkout_the_bundled_records_are_found(tmp_path, monkeypatch):
     own = tmp_path / "runs"
     monkeypatch.setattr("softshare.files.bundled_folder", lambda name: tmp_path / "bundled")
     assert find_records(own, bundled=True) == []
     made = commit_record(tmp_path / "bundled")
     assert made in find_records(own, profile="paper", bundled=True)
     assert made.similarity().coefficients
-    assert find_records(own) == [], "what is asked for as one's own is one's own"
+    assert find_records(own) == [], "only the user's own records without bundled=True"
     mine = commit_record(own)
-    assert find_records(own, profile="paper", bundled=True) == [mine], "it comes before the one that was brought"
+    assert find_records(own, profile="paper", bundled=True) == [mine], (
+        "the user's own record comes before the bundled one"
+    )

@@ -1,9 +1,9 @@
-"""Profile gpu is laid out for 15 minutes a chapter on a T4 in float16. This is an estimate on paper: nothing is run.
+"""Profile gpu is planned for 15 minutes per chapter on a T4 in float16. This is an estimate on paper: nothing is run.
 
-Counted are the trainings, and in chapter 3 the folded networks that are evaluated: at a quarter of the T4's peak for
-the multiply-adds, and after that, as if the two did not overlap, at its memory's bandwidth for what passes over
-activations. A tenth of the time is left for the rest: scores on held-out examples, figures, the start. Grids of 32
-channels are bound by the memory, and, a batch of 100 being small, by how fast kernels can be launched, for which
+The estimate counts the trainings and, in chapter 3, the folded networks that are evaluated. Multiply-adds run at a quarter
+of the T4's peak; passes over activations run at its memory bandwidth, and their time is added, as if the two did not
+overlap. A tenth of the time is left for the rest: scores on held-out examples, figures, the start. Grids of 32 channels are
+bound by the memory and, since a batch of 100 is small, by how fast kernels can be launched, for which
 `softshare.studies.costs` has a guess.
 """
 
@@ -20,7 +20,7 @@ from softshare import models
 from softshare.studies import Plan, costs, make_plan, study_of
 
 MINUTES, ROOM = 15, 0.9
-OPERATIONS, BANDWIDTH = 65e12 / 4, 320e9  # floating-point operations and bytes a second
+OPERATIONS, BANDWIDTH = 65e12 / 4, 320e9  # floating-point operations and bytes per second
 PASSES = 25  # over each convolution's output, ten of them forward: convolution, BatchNorm, ReLU, sum
 
 
@@ -35,7 +35,7 @@ CHAPTERS = {
 def seconds(plan: Plan, folds: bool) -> float:
     """The estimate for one training."""
     examples = study_of(plan).examples(plan) * plan.settings.epochs
-    if folds:  # before folding and at a dozen different plans, in two ways; a pass forward is a third
+    if folds:  # before folding and for a dozen plans, in two ways; a forward pass is a third
         examples += 2 * 13 * 10_000 // 3
     side = plan.sizes["side"]
     with torch.device("meta"):

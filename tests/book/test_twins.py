@@ -39,7 +39,7 @@ def test_twins_are_in_step_with_their_chapters(top, capsys):
 
 
 def test_pages_are_as_jupytext_writes_them(top):
-    # Saved unchanged in JupyterLab, a page does not change; jupytext's own version stands in the head.
+    # A page saved unchanged in JupyterLab does not change; jupytext's own version is in the header.
     for name in Book(top).chapters():
         page = top / "book" / f"{name}.md"
         saved = jupytext.writes(read_chapter(page), fmt="md:myst")
@@ -58,7 +58,7 @@ def test_twins_hold_no_myst_syntax(top):
                 assert not (found := raw.search("".join(cell["source"]))), f"{path.name}: {found[0]!r}"
 
 
-def test_a_twin_out_of_step_is_named_and_mended(project, make_chapter, capsys):
+def test_an_outdated_twin_is_named_and_updated(project, make_chapter, capsys):
     project.write("book/01-one.md", make_chapter("1 + 1"))
     project.write("book/02-two.md", make_chapter("2 + 2"))
     command = ["--top", str(project.top), "twins"]
@@ -77,7 +77,7 @@ def test_a_twin_out_of_step_is_named_and_mended(project, make_chapter, capsys):
     assert main([*command, "--check"]) == 0
 
 
-def test_a_changed_cell_changes_no_other_cells_name(project, make_chapter):
+def test_a_changed_cell_does_not_change_the_ids_of_others(project, make_chapter):
     def ids(*cells):
         page = project.write("book/01-one.md", make_chapter(*cells))
         made = json.loads(make_twins(project.top, {"01-one": read_chapter(page)})["01-one"])["cells"]
@@ -89,7 +89,7 @@ def test_a_changed_cell_changes_no_other_cells_name(project, make_chapter):
 
 
 @pytest.mark.parametrize("state", ["installed", "missing", "missing, and pip fails"])
-def test_the_first_cell_installs_only_what_is_missing_and_says_so_if_it_cannot(top, monkeypatch, state):
+def test_the_first_cell_installs_only_what_is_missing_and_reports_failure(top, monkeypatch, state):
     from IPython.core.inputtransformer2 import TransformerManager
 
     there, calls = False, []
@@ -113,12 +113,12 @@ def test_the_first_cell_installs_only_what_is_missing_and_says_so_if_it_cannot(t
         assert calls == ([] if state == "installed" else ["install"])
 
 
-def test_one_line_and_one_command_move_a_fork(tmp_path, copied, move, elsewhere):
-    """In a copy of everything that is committed, whose address is changed in _config.yml alone."""
-    tree = copied(tmp_path / "tree")
+def test_one_line_and_one_command_move_a_fork(tmp_path, copy_project, move, fork):
+    """In a copy of everything that is committed, with the address changed in _config.yml only."""
+    tree = copy_project(tmp_path / "tree")
     config = tree / "_config.yml"
     old = read_site(tree).slug
-    assert old != elsewhere
+    assert old != fork
     config.write_text(move(config.read_text(encoding="utf8")), encoding="utf8")
     subprocess.run([sys.executable, "book/build.py", "twins"], cwd=tree, check=True)
     files = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
@@ -127,25 +127,23 @@ def test_one_line_and_one_command_move_a_fork(tmp_path, copied, move, elsewhere)
     twins = [name for name in files if name.startswith("book/notebooks/")]
     for name in twins:
         install, title = (json.loads(files[name])["cells"][i]["source"] for i in (0, 1))
-        picture = f"https://github.com/{elsewhere}/raw/main/book/_static/colab.svg"
-        assert f"git+https://github.com/{elsewhere}@main" in "".join(install)
-        assert (
-            title[0].startswith("# ") and title[2].strip() == f"[![Open in Colab]({picture})]({colab(elsewhere, name)})"
-        )
+        picture = f"https://github.com/{fork}/raw/main/book/_static/colab.svg"
+        assert f"git+https://github.com/{fork}@main" in "".join(install)
+        assert title[0].startswith("# ") and title[2].strip() == f"[![Open in Colab]({picture})]({colab(fork, name)})"
     badges = re.findall(r"\(book/_static/colab\.svg\)\]\((.*)\) \|$", files["README.md"].decode(), flags=re.M)
-    assert twins and sorted(badges) == sorted(colab(elsewhere, name) for name in twins)
+    assert twins and sorted(badges) == sorted(colab(fork, name) for name in twins)
 
 
 def colab(slug, notebook):
     return f"https://colab.research.google.com/github/{slug}/blob/main/{notebook}"
 
 
-def test_badges_of_the_readme_are_kept_in_step(project, make_chapter, elsewhere, capsys):
+def test_badges_of_the_readme_are_kept_in_step(project, make_chapter, fork, capsys):
     project.write("book/02-two-words.md", make_chapter("1"))
     readme = project.write("README.md", "# Title\n\n<!-- badges -->\nold\n<!-- /badges -->\n\nrest\n")
     command = ["--top", str(project.top), "twins"]
     assert main(command) == 0 and main([*command, "--check"]) == 0
-    address = colab(elsewhere, "book/notebooks/02-two-words.ipynb")
+    address = colab(fork, "book/notebooks/02-two-words.ipynb")
     badge = f"[![Open in Colab: A chapter](book/_static/colab.svg)]({address})"
     table = f"| the chapters | |\n|---|---|\n| [A chapter](book/02-two-words.md) | {badge} |"
     assert readme.read_text() == f"# Title\n\n<!-- badges -->\n{table}\n<!-- /badges -->\n\nrest\n"
@@ -156,11 +154,11 @@ def test_badges_of_the_readme_are_kept_in_step(project, make_chapter, elsewhere,
     assert main(command) == 1 and "<!-- /badges -->" in capsys.readouterr().err
 
 
-def test_links_between_twins_follow_the_configuration(project, make_chapter, elsewhere):
+def test_links_between_twins_follow_the_configuration(project, make_chapter, fork):
     project.write("book/01-one.md", make_chapter("1"))
     project.write("book/02-two.md", make_chapter("2").replace("# A chapter", "# A chapter\n\nSee {doc}`01-one`."))
     text = make_twins(project.top, {n: read_chapter(project.top / f"book/{n}.md") for n in project.book.chapters()})
-    assert colab(elsewhere, "book/notebooks/01-one.ipynb") in text["02-two"]
+    assert colab(fork, "book/notebooks/01-one.ipynb") in text["02-two"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +218,7 @@ def test_links_between_twins_follow_the_configuration(project, make_chapter, els
         ("    {ref}`near`\n\n\\{ref}`near`", "    {ref}`near`\n\n\\{ref}`near`"),
     ],
 )
-def test_what_becomes_of_myst(convert, myst, plain):
+def test_myst_becomes_plain_markdown(convert, myst, plain):
     assert convert(myst) == plain
 
 
@@ -240,6 +238,6 @@ def test_what_becomes_of_myst(convert, myst, plain):
         ("```{list-table}\n* - a\n\n    ```\n    b\n    ```\n```", "a cell of a list-table"),
     ],
 )
-def test_what_has_no_plain_form_is_an_error_that_names_it(convert, myst, message):
+def test_syntax_without_a_plain_form_is_an_error_that_names_it(convert, myst, message):
     with pytest.raises(TwinError, match=re.escape(message)):
         convert(myst)

@@ -1,4 +1,4 @@
-"""The rendered book behind a web server of its own, and a browser that reaches nothing else."""
+"""The rendered book on its own web server, and a browser that can reach nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 TOP = Path(__file__).resolve().parents[2]
 
-#: The switches are those of a machine without a screen; the rules close the network but for this machine.
+#: For a machine without a screen; the resolver rules block every host but this machine.
 SWITCHES = [
     "--no-sandbox",
     "--disable-gpu",
@@ -32,13 +32,13 @@ SWITCHES = [
 
 
 class Site(NamedTuple):
-    """The folder of the rendered book, and where it is served, with a slash at the end."""
+    """The folder of the rendered book, and the address that serves it, with a trailing slash."""
 
     folder: Path
     url: str
 
     def pages(self) -> list[str]:
-        """Names of the pages without .html; index.html only leads on to the first of them."""
+        """Names of the pages without .html; index.html only redirects to the first of them."""
         return sorted(path.stem for path in self.folder.glob("*.html") if path.stem != "index")
 
 
@@ -49,7 +49,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def site() -> Iterator[Site]:
-    """The book as the working tree has it, built where it is not current; or the built one in $SOFTSHARE_SITE."""
+    """The book of the working tree, rebuilt if it is out of date; or the built one in $SOFTSHARE_SITE."""
     given = os.environ.get("SOFTSHARE_SITE")
     folder = Path(given).resolve() if given else TOP / "book" / "_build" / "html"
     if not given:
@@ -63,7 +63,7 @@ def site() -> Iterator[Site]:
     server.server_close()
 
 
-# For one module, not for the session: while it lives an event loop runs in this thread, which others may want.
+# Per module, not per session: while it is open, an event loop runs in this thread, which other tests may need.
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")

@@ -28,7 +28,7 @@ TOP = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.name for path in (TOP / "book").glob("*.md"))
 SENTENCE = " This was typed in the lab."
 
-#: A notebook that needs nothing but the package: where it runs, a training, a bar, a slider with a picture.
+#: A notebook that needs only the package: it shows where it runs, a training, a bar, and a picture with a slider.
 SCRATCH = """---
 jupytext:
   text_representation:
@@ -76,7 +76,7 @@ pictures.mixing(torch.eye(9).view(9, 3, 3)[:2], start=((0.5, 0), (0, 1)))
 ```
 """
 
-#: Collects every text that any output has had.
+#: Collects every text that any output has shown.
 KEEP_WHAT_SHOWED = """() => {
   window.showed = new Set();
   const look = () => document.querySelectorAll(".jp-OutputArea-output pre").forEach(it => showed.add(it.textContent));
@@ -132,19 +132,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab.git("add", "--all")
     lab.git("commit", "--quiet", "--message", "the project as it is")
 
-    # What a reader may have at home and must not matter here: another kernel of that name, notebooks kept in pairs.
+    # What a reader may have configured must not matter here: another kernel of that name, notebooks kept in pairs.
     (home / "data" / "kernels" / "python3").mkdir(parents=True)
     other = {"argv": ["false"], "display_name": "Another", "language": "python"}
     (home / "data" / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
     (home / ".config").mkdir()
     (home / ".config" / "jupytext.toml").write_text('formats = "ipynb,md:myst"\n')
-    # Only the cache of fonts is that of the person at the keyboard; it saves some seconds.
+    # Only the font cache is the user's own; it saves a few seconds.
     places = {"HOME": home, "JUPYTER_CONFIG_DIR": home / "config", "JUPYTER_DATA_DIR": home / "data"}
     places |= {"JUPYTER_RUNTIME_DIR": home / "run", "MPLCONFIGDIR": matplotlib.get_cachedir()}
     theirs = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON", "XDG_", "MAKE"))}
     options = ["--no-browser", "--ServerApp.ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     options += [f"--IdentityProvider.token={lab.token}", *(["--allow-root"] if os.geteuid() == 0 else [])]
-    # --old-file: what is installed is taken as it is.
+    # --old-file: use the installed packages as they are.
     command = ["make", "--old-file=.venv/.has-book", "lab", f"LAB_ARGS={' '.join(options)}"]
     log = home / "log"
     with log.open("w") as file:
@@ -174,7 +174,7 @@ def answers(lab: Lab) -> bool:
 
 
 def until(true: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait, but not for ever: the test's next line says what should have come."""
+    """Wait up to a time limit; the next line of the test checks what should have happened."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.1)
@@ -182,7 +182,7 @@ def until(true: Callable[[], object], seconds: float = 10.0) -> None:
 
 @pytest.fixture
 def window(lab: Lab, chromium: Browser) -> Iterator[Page]:
-    """A tab for the lab as somebody sees it who starts it for the first time."""
+    """A tab with the lab as it looks when started for the first time."""
     context = chromium.new_context(viewport={"width": 1400, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -194,7 +194,7 @@ def window(lab: Lab, chromium: Browser) -> Iterator[Page]:
     for session in lab.ask("api/sessions"):
         lab.ask(f"api/sessions/{session['id']}", "DELETE")
     shutil.rmtree(lab.home / "config" / "lab" / "workspaces", ignore_errors=True)
-    assert not outside, "asked for from the network"
+    assert not outside, "requested from the network"
 
 
 def opened(lab: Lab, page: Page, name: str) -> Locator:
@@ -226,10 +226,10 @@ def test_a_chapter_opens_as_a_notebook_and_a_save_changes_only_what_was_typed(la
     until(lambda: SENTENCE in chapter.read_text(encoding="utf8"))
     after = chapter.read_text(encoding="utf8")
     assert after.count(SENTENCE) == 1 and after.replace(SENTENCE, "") == before
-    # git leaves .ipynb_checkpoints out, and there is no other file, no .ipynb and no twin.
+    # git ignores .ipynb_checkpoints, and there is no other file, neither an .ipynb nor a twin.
     assert lab.git("status", "--porcelain") == " M book/01-templates.md\n"
     assert lab.git("diff", "--numstat") == "1\t1\tbook/01-templates.md\n"
-    assert lab.twins("--check").returncode == 1, "the sentence should have come through to the twin"
+    assert lab.twins("--check").returncode == 1, "the sentence should have reached the twin"
 
     for _ in SENTENCE:
         window.keyboard.press("Backspace")
@@ -240,19 +240,19 @@ def test_a_chapter_opens_as_a_notebook_and_a_save_changes_only_what_was_typed(la
     check = lab.twins("--check")
     assert check.returncode == 0, check.stderr
 
-    # MyST: formulas are set, boxes are boxes. JupyterLab makes the cells as they come into sight.
+    # MyST: formulas are typeset and boxes are rendered. JupyterLab creates cells as they scroll into view.
     box, formula = notebook.locator("aside.myst-admonition"), notebook.locator(".katex")
     notebook.hover()
     until(lambda: window.mouse.wheel(0, 500) or (box.count() and formula.count()))
     expect(box.first).to_be_attached()
     expect(formula.first).to_be_attached()
-    for mark in (":::", "$$"):  # sources are there too, but out of sight
+    for mark in (":::", "$$"):  # the sources are there too, but hidden
         expect(notebook.locator(".jp-MarkdownCell").get_by_text(mark).locator("visible=true")).to_have_count(0)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_saved_unchanged_a_page_keeps_every_byte(lab: Lab, name: str):
-    """With all that JupyterLab and a kernel add to a notebook in memory; the browser is left out, as it is slow."""
+def test_a_page_saved_unchanged_keeps_every_byte(lab: Lab, name: str):
+    """Including all that JupyterLab and a kernel add to a notebook in memory; without the browser, which is slow."""
     before = (lab.book / name).read_bytes()
     model = lab.ask(f"api/contents/{name}?type=notebook&content=1")
     assert model["type"] == "notebook"
@@ -260,14 +260,14 @@ def test_saved_unchanged_a_page_keeps_every_byte(lab: Lab, name: str):
     content["metadata"]["language_info"] = {"name": "python", "version": "3.11", "pygments_lexer": "ipython3"}
     content["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    assert content["metadata"].get("kernelspec") == kernel, "JupyterLab writes this one over it"
+    assert content["metadata"].get("kernelspec") == kernel, "JupyterLab would replace any other kernelspec by this one"
     for cell in content["cells"]:
         cell["metadata"] |= {"editable": True, "slideshow": {"slide_type": ""}, "jupyter": {"source_hidden": True}}
         if cell["cell_type"] == "code":
             cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "something"}]
             cell["execution_count"] = 1
     lab.ask(f"api/contents/{name}", "PUT", {"type": "notebook", "format": "json", "content": content})
-    # Where this fails after an edit by hand: cd book; ../.venv/bin/jupytext --to md:myst NAME.md writes it as a save does.
+    # If this fails after an edit by hand: cd book; ../.venv/bin/jupytext --to md:myst NAME.md writes it as a save does.
     assert (lab.book / name).read_bytes() == before, lab.git("diff", f"book/{name}")
 
 
@@ -296,7 +296,7 @@ def test_progress_and_widgets(lab: Lab, window: Page):
 
     expect(where).to_have_text(f"run by {sys.executable}")
 
-    # A training tells of its epochs in lines; a bar stays one line that grows.
+    # A training prints a line per epoch; a bar stays one line that grows.
     expect(training).to_contain_text("digits epoch 2/2: loss")
     lines = (training.text_content() or "").strip().splitlines()
     assert lines and all(re.match(r"digits\b", line) for line in lines), lines
@@ -306,7 +306,7 @@ def test_progress_and_widgets(lab: Lab, window: Page):
     grew = {text for text in window.evaluate("[...showed]") if text.startswith("files: ")}
     assert len(grew) >= 3 and all(text.count("files: ") == 1 for text in grew), grew
 
-    # Of the two forms of a picture with sliders the live one is shown, and it moves by the keyboard.
+    # Of the two forms of a picture with sliders, the live one is shown, and the keyboard moves it.
     slider, picture = moving.get_by_role("slider").first, moving.locator("img")
     expect(picture).to_be_visible()
     expect(moving.locator("figure.moving")).to_have_count(0)

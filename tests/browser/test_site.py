@@ -1,4 +1,4 @@
-"""The rendered book as a reader meets it: every page in Chromium, light and dark, on a desktop and on a phone."""
+"""The rendered book as a reader sees it: every page in Chromium, light and dark, on a desktop and on a phone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOTS = TOP / "book" / "_build" / "shots"
 SCHEMES = ("light", "dark")
 WIDTHS = (390, 1400)
 MOVING = {"01-templates": 1, "03-similarity": 2, "04-shortest-path": 1}
-# Contrast, by far the slowest rule, differs between schemes and not between widths; everything else the other way round.
+# Contrast, by far the slowest rule, depends on the scheme and not on the width; for the rest it is the other way round.
 CONTRAST = {"runOnly": ["color-contrast", "link-in-text-block"]}
 STRUCTURE = {"rules": {"color-contrast": {"enabled": False}, "link-in-text-block": {"enabled": False}}}
 CHAPTERS = ("01-templates", "02-training", "03-similarity", "04-shortest-path", "results")
@@ -72,7 +72,7 @@ FACTS = r"""() => {
   };
 }"""
 
-# What reaches beyond the window, unless something around it scrolls or cuts it off.
+# Elements that extend beyond the window, unless something around them scrolls or clips them.
 BEYOND = """() => {
   const beyond = [];
   if (document.documentElement.scrollWidth > innerWidth)
@@ -97,7 +97,7 @@ AXE = """async (rules) => (await axe.run({resultTypes: ["violations"], preload: 
 
 @dataclass
 class Visit:
-    """What happened while one page was looked at in one scheme; lists of faults are to be empty."""
+    """What happened while one page was visited in one scheme; lists of faults should be empty."""
 
     page: str
     scheme: str
@@ -134,7 +134,7 @@ def contexts(chromium: Browser) -> Iterator[dict[str, BrowserContext]]:
 
 @pytest.fixture(scope="module")
 def visits(contexts, site) -> list[Visit]:
-    """Every page, looked at once in each scheme: all that the tests below ask about, and a picture in each width."""
+    """Every page, visited once in each scheme: all that the tests below check, and a screenshot at each width."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     made = []
     for scheme, context in contexts.items():
@@ -162,13 +162,13 @@ def visits(contexts, site) -> list[Visit]:
 
 
 def shoot(page: Page, path: Path) -> None:
-    """The whole page, or as much of it as fits into what the browser draws in one piece."""
+    """Take a screenshot of the whole page, or of as much as the browser can draw in one piece."""
     height = min(page.evaluate("document.documentElement.scrollHeight"), 16_000)
     clip = {"x": 0, "y": 0, "width": page.viewport_size["width"], "height": height}
     page.screenshot(path=path, full_page=True, clip=clip, type="jpeg", quality=80)
 
 
-def test_every_page_loads_in_silence_and_alone(visits, site):
+def test_every_page_loads_without_errors_or_outside_requests(visits, site):
     assert {visit.page for visit in visits} >= {*CHAPTERS, "intro", "api", "bibliography", "genindex", "search"}
     faults = {}
     for visit in visits:
@@ -181,7 +181,7 @@ def test_every_page_loads_in_silence_and_alone(visits, site):
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_chapters_open_as_files(contexts, site, name):
-    """Without a server, as README has it."""
+    """Without a server, as README describes."""
     visit = Visit(name, "light")
     page = contexts["light"].new_page()
     visit.listen(page)
@@ -215,7 +215,7 @@ def test_axe_finds_nothing_serious(visits):
     assert not faults
 
 
-def test_links_inside_the_book_hold(visits, site):
+def test_links_inside_the_book_work(visits, site):
     ids = {f"{visit.page}.html": set(visit.facts["ids"]) for visit in visits}
     faults = set()
     for visit in visits:
@@ -230,7 +230,7 @@ def test_links_inside_the_book_hold(visits, site):
     assert not faults
 
 
-def test_pictures_are_there_sharp_and_told_in_words(visits):
+def test_pictures_load_are_sharp_and_have_alt_texts(visits):
     faults = []
     for visit in visits:
         for image in visit.facts["images"]:
@@ -251,8 +251,8 @@ def test_pictures_are_there_sharp_and_told_in_words(visits):
     assert not faults
 
 
-def test_pictures_stand_on_white_in_the_dark(visits):
-    """They are drawn for white; a filter would change colours that the text speaks of."""
+def test_pictures_keep_a_white_background_in_the_dark_scheme(visits):
+    """They are drawn for a white background; a filter would change colours that the text mentions."""
     pictures = [
         (visit.page, image["background"], image["filter"])
         for visit in visits
@@ -268,7 +268,7 @@ def test_no_page_names_a_folder_of_this_machine(site):
 
 
 def test_no_page_is_heavy(visits, site):
-    """What a page and all that it loads weigh, text compressed as web servers send it."""
+    """The size of a page and all that it loads, with text compressed as web servers send it."""
     weights = {}
     for visit in visits:
         paths = {unquote(urlparse(url).path).lstrip("/") for url in visit.requests if url.startswith(site.url)}
@@ -287,14 +287,14 @@ def test_moving_pictures_are_where_they_should_be(visits):
     found = {(visit.page, visit.scheme): (visit.facts["figures"], visit.facts["drawn"]) for visit in visits}
     wanted = {key: (MOVING.get(key[0], 0),) * 2 for key in found}
     assert found == wanted
-    # The script is large: once a page, and only where something moves.
+    # The script is large: it is loaded once per page, and only where something moves.
     scripts = {str(visit): sum(url.endswith("_static/vega.js") for url in visit.requests) for visit in visits}
     assert scripts == {str(visit): int(visit.page in MOVING) for visit in visits}
 
 
 @pytest.mark.parametrize("name", MOVING)
 def test_each_control_moves_its_picture(contexts, site, name):
-    """By the keyboard alone."""
+    """Using only the keyboard."""
     page = contexts["light"].new_page()
     page.set_viewport_size({"width": WIDTHS[1], "height": 900})
     page.goto(f"{site.url}{name}.html")
@@ -312,7 +312,7 @@ def test_each_control_moves_its_picture(contexts, site, name):
             at_end = "node => node.options ? node.selectedIndex === node.length - 1 : node.value === node.max"
             back = control.evaluate(at_end)
             control.focus()
-            # One step must show in the number. The picture may stay for a few, where a network's answer does.
+            # One step must change the number. The picture may stay the same for a few, as a network's answer may.
             for step in range(20 if slider else 1):
                 page.keyboard.press({True: ("ArrowRight", "ArrowLeft"), False: ("ArrowDown", "ArrowUp")}[slider][back])
                 page.evaluate(SETTLE)
@@ -351,7 +351,7 @@ def test_moving_pictures_fit_a_phone_and_follow_a_finger(chromium, site, name):
         for part in figure.query_selector_all(".vega-embed svg, form.vega-bindings :is(input, select)"):
             box = part.bounding_box()
             assert 0 <= box["x"] and box["x"] + box["width"] <= WIDTHS[0]
-        # Drawn at no less than two thirds of its size: its letters stay readable.
+        # Drawn at no less than two thirds of its size, so its letters stay readable.
         svg = figure.query_selector(".vega-embed svg")
         assert svg.evaluate("node => node.getBoundingClientRect().width / node.viewBox.baseVal.width") > 2 / 3
         for slider in figure.query_selector_all("input[type=range]"):
@@ -366,7 +366,7 @@ def test_moving_pictures_fit_a_phone_and_follow_a_finger(chromium, site, name):
 
 
 @pytest.mark.parametrize("amd", [False, True])
-def test_equal_pictures_stand_side_by_side_and_beside_requirejs(contexts, site, amd):
+def test_equal_pictures_work_side_by_side_and_with_requirejs(contexts, site, amd):
     figure = pictures.mixing(torch.eye(4).view(4, 2, 2)[:2]).to_html()
     require = "<script>window.define = () => { throw Error('asked'); }; window.define.amd = {};</script>" if amd else ""
     page = contexts["light"].new_page()
@@ -378,7 +378,7 @@ def test_equal_pictures_stand_side_by_side_and_beside_requirejs(contexts, site, 
         expect(page.locator("figure.moving").nth(place).locator("svg")).to_have_count(1)
         expect(page.locator("figure.moving").nth(place).locator("input")).to_have_count(4)
     assert page.evaluate("document.querySelectorAll('script[src$=\"vega.js\"]').length") == 1
-    assert not amd or page.evaluate("typeof define.amd") == "object", "RequireJS finds itself as it was"
+    assert not amd or page.evaluate("typeof define.amd") == "object", "RequireJS is left as it was"
     page.close()
 
 
@@ -388,7 +388,7 @@ def test_search_finds_a_word(contexts, site):
     page.fill("main input[name=q]", "templates")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results a[href^='01-templates.html']")
-    # From a page, by the dialog, to the result.
+    # From a page, through the dialog, to the result.
     page.set_viewport_size({"width": WIDTHS[1], "height": 900})
     page.goto(f"{site.url}02-training.html")
     page.click(".bd-sidebar-primary .search-button-field")

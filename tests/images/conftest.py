@@ -1,4 +1,4 @@
-"""Image folders and archives of made-up pictures, and what must come out when they are read."""
+"""Image folders and archives of made-up pictures, and what reading them must return."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PETS = ("cat", "dog", "eel")
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """A cache of the test's own, and no copies from outside."""
+def isolated(tmp_path, monkeypatch):
+    """Each test has its own cache and sees no data sets from outside."""
     monkeypatch.setattr(softshare.files, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.delenv("SOFTSHARE_DATA", raising=False)
 
@@ -49,25 +49,25 @@ def _files(classes, counts=(("train", 2), ("test", 1)), kind="PNG"):
 
 @pytest.fixture(scope="session")
 def drawing():
-    """A function of split, class and number to made-up pixels (32, 32, 3), different for every image."""
+    """A function from split, class and number to made-up pixels (32, 32, 3), different for every image."""
     return _drawing
 
 
 @pytest.fixture(scope="session")
 def encoded():
-    """A function of pixels, and a kind such as "JPEG", to the bytes of an image file."""
+    """A function from pixels and a kind such as "JPEG" to the bytes of an image file."""
     return _encoded
 
 
 @pytest.fixture(scope="session")
 def pet_files():
-    """A function that gives the files of an image folder of three classes, path to bytes; counts: images of a class."""
+    """A function that returns an image folder of three classes as a dict, path to bytes; counts: images per class."""
     return functools.partial(_files, PETS)
 
 
 @pytest.fixture(scope="session")
 def cifar_files():
-    """As `pet_files`, with the ten classes of CIFAR-10."""
+    """Like `pet_files`, with the ten classes of CIFAR-10."""
     return functools.partial(_files, CIFAR10_CLASSES)
 
 
@@ -86,7 +86,7 @@ def write_folder():
 
 @pytest.fixture(scope="session")
 def write_archive():
-    """A function that writes files, path to bytes, into an archive of the kind that its name says, and returns its path."""
+    """A function that writes files, path to bytes, into an archive of the kind its name implies, and returns its path."""
 
     def write(path, contents):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,5 +122,5 @@ def assert_drawn():
 
 @pytest.fixture(scope="session")
 def listing():
-    """A function that lists everything below a folder with times and sizes: what must not have changed."""
+    """A function that lists everything below a folder with times and sizes, to check that nothing has changed."""
     return lambda path: {(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in path.rglob("*")}

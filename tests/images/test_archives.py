@@ -1,4 +1,4 @@
-"""Archives of image folders: never unpacked, and refused where they are cut, damaged, unsafe or none."""
+"""Archives of image folders: never unpacked, and refused if truncated, damaged, unsafe or not archives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_archives_of_an_image_folder(tmp_path, suffix, wrapping, assert_drawn, p
         assert found.fingerprint == load(str(folder), split).fingerprint
 
 
-def test_the_content_says_what_an_archive_is(tmp_path, assert_drawn, pet_files, write_archive):
+def test_the_content_decides_what_an_archive_is(tmp_path, assert_drawn, pet_files, write_archive):
     path = write_archive(tmp_path / "pets.zip", pet_files())
     assert_drawn(load(str(path.rename(tmp_path / "pets.tar.gz")), "test"), "test", 1)
 
@@ -130,7 +130,7 @@ def test_links_and_devices_are_refused(tmp_path, kind, pet_files):
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04broken", bytes(range(1, 256)) * 16])
 @pytest.mark.parametrize("suffix", [".tar", ".tar.xz", ".zip"])
-def test_files_that_are_no_archives(tmp_path, content, suffix):
+def test_files_that_are_not_archives(tmp_path, content, suffix):
     path = tmp_path / f"pets{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=path.name):
@@ -138,7 +138,9 @@ def test_files_that_are_no_archives(tmp_path, content, suffix):
 
 
 @pytest.mark.parametrize("listed", ["wrong", "right", "binary mode", "other"])
-def test_an_archive_is_checked_against_sha256sums_beside_it(tmp_path, listed, assert_drawn, cifar_files, write_archive):
+def test_an_archive_is_checked_against_sha256sums_next_to_it(
+    tmp_path, listed, assert_drawn, cifar_files, write_archive
+):
     path = write_archive(tmp_path / "ten.tar", cifar_files())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     line = {
@@ -156,7 +158,7 @@ def test_an_archive_is_checked_against_sha256sums_beside_it(tmp_path, listed, as
         assert_drawn(load("cifar10", "train", root=tmp_path), "train", 2, CIFAR10_CLASSES)
 
 
-# ------------------------------------------------------------------------------------------------- names as people have them
+# --------------------------------------------------------------------------------------------------- names found in practice
 
 
 def test_a_zip_made_on_windows_is_read(tmp_path, assert_drawn, pet_files):
@@ -180,7 +182,7 @@ def test_a_windows_path_that_leads_out_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", ["", ".tar", ".zip"])
-def test_what_is_left_out_is_counted_and_named(
+def test_files_left_out_are_counted_and_named(
     tmp_path, suffix, assert_drawn, pet_files, write_folder, write_archive, encoded
 ):
     png = pet_files()["train/cat/0000.png"]
@@ -213,7 +215,7 @@ def test_the_copy_in_the_cache_remembers_what_was_left_out(tmp_path, monkeypatch
         load(str(path), "test")
 
 
-def test_no_word_about_a_folder_that_is_read_in_full(tmp_path, recwarn, pet_files, write_folder):
+def test_no_warning_about_a_folder_that_is_read_completely(tmp_path, recwarn, pet_files, write_folder):
     load(write_folder(tmp_path / "p", pet_files()), "train")
     assert len(recwarn) == 0
 
@@ -222,7 +224,7 @@ def test_no_word_about_a_folder_that_is_read_in_full(tmp_path, recwarn, pet_file
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.zip"])
-def test_a_download_that_was_only_reserved_is_refused_at_its_first_block(tmp_path, monkeypatch, name):
+def test_a_download_with_only_its_space_reserved_is_refused_at_its_first_block(tmp_path, monkeypatch, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(2**33)  # 8 GiB: reading it would take a while
     monkeypatch.setattr(folders, "content_key", lambda path, names: "key")
@@ -230,14 +232,14 @@ def test_a_download_that_was_only_reserved_is_refused_at_its_first_block(tmp_pat
         load(str(tmp_path / name), "train")
 
 
-def test_a_large_archive_of_something_else_is_passed_over_unread(tmp_path, monkeypatch, pet_files, write_archive):
+def test_a_large_unrelated_archive_is_skipped_unread(tmp_path, monkeypatch, pet_files, write_archive):
     write_archive(tmp_path / "pets.tar", pet_files())
     monkeypatch.setattr(folders, "content_key", lambda *_: pytest.fail("read to its end"))
     with pytest.raises(FileNotFoundError, match="no copy of CIFAR-10"):
         load("cifar10", "train", root=tmp_path)
 
 
-def test_an_error_of_reading_is_not_blamed_on_the_archive(tmp_path, monkeypatch, pet_files, write_archive):
+def test_a_read_error_is_not_blamed_on_the_archive(tmp_path, monkeypatch, pet_files, write_archive):
     path = write_archive(tmp_path / "pets.tar", pet_files())
 
     def failing(*_, **__):

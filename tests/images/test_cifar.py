@@ -46,7 +46,7 @@ def test_ten_classes_by_name_count_as_cifar10(
     assert listing(root) == before, "root is never written to"
 
 
-def test_jpeg_is_named_so(tmp_path, cifar_files, write_folder):
+def test_jpeg_copies_are_named_as_such(tmp_path, cifar_files, write_folder):
     path = write_folder(tmp_path / "ten", cifar_files(kind="JPEG"))
     found = load("cifar10", "test", root=str(path))
     assert found.source == load(str(path), "test").source == "CIFAR-10 (JPEG)"
@@ -89,7 +89,7 @@ def test_without_a_copy_the_message_says_which_file_to_put_where(
     assert all(str(tmp_path / place) in text for place in places)
 
 
-def test_a_file_of_other_classes_is_no_cifar(tmp_path):
+def test_a_file_of_other_classes_is_not_cifar(tmp_path):
     path = tmp_path / "pets.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for split in ("train", "test"):
@@ -109,7 +109,7 @@ def test_a_file_of_other_classes_is_no_cifar(tmp_path):
 
 @pytest.fixture
 def binary(monkeypatch, write_archive):
-    """A function that makes a small official edition, and changes the table to expect it.
+    """A function that makes a small official edition, and patches the table to expect it.
 
     It returns the edition's files, path to bytes; pixels and labels by split; a function that writes its archive somewhere.
     """
@@ -216,7 +216,7 @@ def test_wrong_contents_of_a_binary_edition(tmp_path, binary, monkeypatch, chang
 
 
 def test_pickles_are_never_read(tmp_path, monkeypatch, write_folder, write_archive):
-    """The edition for Python, which is made of pickles, is not taken for a copy."""
+    """The edition for Python, which consists of pickles, does not count as a copy."""
     monkeypatch.chdir(tmp_path)
     bomb = {f"cifar-10-batches-py/data_batch_{n}": pickle.dumps(Bomb()) for n in range(1, 6)}
     write_archive(tmp_path / "data/cifar-10-python.tar.gz", bomb)
@@ -270,7 +270,7 @@ def test_a_download_is_verified_kept_and_read(tmp_path, binary, monkeypatch, sit
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [path.name]
 
 
-def test_a_download_with_another_checksum_is_refused(tmp_path, binary, monkeypatch, site):
+def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, binary, monkeypatch, site):
     folder, address = site
     binary()[2](folder)
     served(monkeypatch, address, hash="sha256:" + "0" * 64)
@@ -280,7 +280,7 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, binary, monkeypat
 
 
 def test_a_failed_download_says_which_file_to_put_where(tmp_path, monkeypatch, site):
-    for address in (site[1], "http://127.0.0.1:9/"):  # not found; nobody listens
+    for address in (site[1], "http://127.0.0.1:9/"):  # not found; nothing listens there
         served(monkeypatch, address)
         with pytest.raises(ConnectionError) as caught:
             load("cifar10", "test", download=True)
@@ -296,7 +296,7 @@ def test_the_real_images(monkeypatch):
     try:
         sets = {split: load("cifar10", split) for split in ("train", "test")}
     except FileNotFoundError as error:
-        pytest.skip(f"no CIFAR-10 at hand: {error}")
+        pytest.skip(f"no CIFAR-10 available: {error}")
     for split, n in (("train", 5000), ("test", 1000)):
         found = sets[split]
         assert found.images.shape == (10 * n, 3, 32, 32) and found.classes == CIFAR10_CLASSES
@@ -308,11 +308,11 @@ def test_the_real_images(monkeypatch):
     assert pixels.flatten(2).transpose(0, 1).flatten(1).std(1).tolist() == pytest.approx([63.0, 62.1, 66.7], abs=1.0)
 
 
-# ------------------------------------------------------------------------------------------- neighbours that cannot be read
+# -------------------------------------------------------------------------------------------- unreadable neighbouring files
 
 
 @pytest.mark.parametrize("neighbour", ["holiday.zip", "backup.tar.gz"])
-def test_a_damaged_archive_of_something_else_is_passed_over_by_name(
+def test_a_damaged_unrelated_archive_is_named_and_skipped(
     tmp_path, monkeypatch, assert_drawn, cifar_files, write_archive, neighbour
 ):
     (tmp_path / "data").mkdir()
@@ -320,7 +320,7 @@ def test_a_damaged_archive_of_something_else_is_passed_over_by_name(
     with pytest.warns(UserWarning, match=f"passed over while looking for CIFAR-10: .*{neighbour} is truncated"):
         with pytest.raises(FileNotFoundError, match="no copy of CIFAR-10"):
             load("cifar10", "train", root=tmp_path / "data")
-    write_archive(tmp_path / "cache" / "cifar10.tar", cifar_files())  # a good copy in the next place
+    write_archive(tmp_path / "cache" / "cifar10.tar", cifar_files())  # a good copy in the next place searched
     with pytest.warns(UserWarning, match=neighbour):
         assert_drawn(load("cifar10", "train", root=tmp_path / "data"), "train", 2, CIFAR10_CLASSES)
 
@@ -328,7 +328,7 @@ def test_a_damaged_archive_of_something_else_is_passed_over_by_name(
 @pytest.mark.parametrize("name", ["my-cifar.tar", "ten.tar"])
 def test_a_damaged_copy_of_cifar_itself_is_an_error(tmp_path, cifar_files, write_archive, name):
     path = write_archive(tmp_path / "data" / name, cifar_files())
-    path.write_bytes(path.read_bytes()[:-12_000])  # by its name, or by the classes that it begins with
+    path.write_bytes(path.read_bytes()[:-12_000])  # recognised by its name, or by its first classes
     with pytest.raises(ValueError, match=f"{name} is truncated"):
         load("cifar10", "train", root=tmp_path / "data")
 
@@ -336,8 +336,8 @@ def test_a_damaged_copy_of_cifar_itself_is_an_error(tmp_path, cifar_files, write
 @pytest.mark.parametrize(
     ("proxy", "reason"), [("socks5://127.0.0.1:9", "SOCKS"), ("http://", "proxy"), ("http://127.0.0.1:9", "")]
 )
-def test_an_error_of_the_connection_is_told_as_one(tmp_path, monkeypatch, proxy, reason):
-    """Some errors of requests are ValueErrors as well, as a checksum's is."""
+def test_a_connection_error_is_reported_as_one(tmp_path, monkeypatch, proxy, reason):
+    """Some errors of requests are also ValueErrors, like that of a checksum."""
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(ConnectionError, match=f"could not download https://.*{reason}.*Without network, put cifar-100"):

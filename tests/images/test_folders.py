@@ -129,14 +129,14 @@ def test_a_damaged_cache_is_not_used(cached, damage, monkeypatch, tmp_path, asse
         with open(file, "wb") as out:
             np.savez(out, images=np.array([Bomb()], dtype=object), labels=np.zeros(1), meta=np.array("{}"))
         data = file.read_bytes()
-    if damage == "swapped":  # whole, but its fingerprint is not that of its images
+    if damage == "swapped":  # complete, but its fingerprint is not that of its images
         with np.load(file) as arrays:
             changed = {**arrays, "images": 255 - arrays["images"]}
         np.savez(file, **changed)
         data = file.read_bytes()
     file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"hello"}.get(damage, data))
     assert_drawn(load("cifar10", "train", root=path.parent), "train", 2, CIFAR10_CLASSES)
-    monkeypatch.setattr(folders, "_decode", lambda *_: pytest.fail("the cache was not mended"))
+    monkeypatch.setattr(folders, "_decode", lambda *_: pytest.fail("the cache was not repaired"))
     assert_drawn(load("cifar10", "train", root=path.parent), "train", 2, CIFAR10_CLASSES)
     assert not (tmp_path / "exploded").exists()
 
@@ -155,7 +155,7 @@ def test_a_changed_folder_is_read_again(tmp_path, monkeypatch, drawing, encoded,
     assert len(load(path, "train").labels) == len(before.labels) + 1
 
 
-def test_small_sets_are_not_cached_and_a_cache_that_cannot_be_written_is_no_error(
+def test_small_sets_are_not_cached_and_an_unwritable_cache_is_not_an_error(
     tmp_path, monkeypatch, assert_drawn, pet_files, write_folder
 ):
     path = write_folder(tmp_path / "pets", pet_files())
@@ -182,7 +182,7 @@ def test_the_key_of_a_folder_notices_a_change_that_keeps_size_and_time(tmp_path,
     assert key(path) != before
 
 
-def test_the_key_of_a_folder_sees_into_folders_that_are_linked(tmp_path, pet_files, write_folder):
+def test_the_key_of_a_folder_covers_linked_folders(tmp_path, pet_files, write_folder):
     path = write_folder(tmp_path / "pets", pet_files())
     (path / "train/cat").rename(tmp_path / "cats")
     (path / "train/cat").symlink_to(tmp_path / "cats")
@@ -192,7 +192,7 @@ def test_the_key_of_a_folder_sees_into_folders_that_are_linked(tmp_path, pet_fil
     assert key(path) != before
 
 
-def test_another_pillow_decodes_again(tmp_path, monkeypatch, pet_files, write_archive):
+def test_another_pillow_version_decodes_again(tmp_path, monkeypatch, pet_files, write_archive):
     path = write_archive(tmp_path / "pets.tar", pet_files())
     before = folders.content_key(path)
     assert folders.content_key(path) == before
@@ -200,7 +200,7 @@ def test_another_pillow_decodes_again(tmp_path, monkeypatch, pet_files, write_ar
     assert folders.content_key(path) != before
 
 
-def test_links_that_lead_nowhere_and_folders_named_like_images(tmp_path, assert_drawn, pet_files, write_folder):
+def test_broken_links_and_folders_named_like_images(tmp_path, assert_drawn, pet_files, write_folder):
     path = write_folder(tmp_path / "pets", pet_files())
     (path / ".#notes").symlink_to("user@host.1:2")  # an editor's lock
     (path / "train/cat/.#0000.png").symlink_to("user@host.1:2")
@@ -213,12 +213,12 @@ def test_links_that_lead_nowhere_and_folders_named_like_images(tmp_path, assert_
         load(str(path), "train")
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_path, monkeypatch, pet_files, write_folder):
+def test_an_unreadable_folder_is_an_error_and_does_not_count_as_empty(tmp_path, monkeypatch, pet_files, write_folder):
     path = write_folder(tmp_path / "pets", pet_files())
     scandir = os.scandir
 
     def closed(folder):
-        if str(folder).endswith("train/cat"):  # root may read everything, so chmod would close nothing to the tests
+        if str(folder).endswith("train/cat"):  # chmod would not stop root, who may run the tests
             raise PermissionError(13, "Permission denied", str(folder))
         return scandir(folder)
 

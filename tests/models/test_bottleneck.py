@@ -15,7 +15,7 @@ def parameters(model):
 
 @pytest.fixture(scope="module")
 def shared():
-    """The smallest network of the kind, with BatchNorm statistics that fit its weights."""
+    """The smallest network of its kind, with BatchNorm statistics that fit its weights."""
     torch.manual_seed(0)
     model = models.swrn50(1, 2, 7)
     for module in model.modules():
@@ -133,7 +133,7 @@ def test_share_makes_the_same_groups():
     models.swrn50(1, 2, 7).load_state_dict(model.state_dict(), strict=True)
 
 
-def test_start_as_in_the_authors_code(shared):
+def test_initialisation_as_in_the_authors_code(shared):
     model = models.wrn50(1, 7)
     for name, fan_in in {"stem": 147, "stage4.2.conv2": 512 * 9, "stage2.0.shortcut.0": 256}.items():
         assert model.get_submodule(name).weight.var().item() == pytest.approx(2 / fan_in, rel=0.1)

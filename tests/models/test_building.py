@@ -1,4 +1,4 @@
-"""From a name to a network: the one that its family's function makes, also without memory for it."""
+"""From a name to the network that its family's function makes, also without allocating memory for it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_narrow_relatives_are_built(name):
     ["ResNeXt-29 16x64", "DenseNet 100-24", "DenseNet 190-40", "DenseNet-264", "ResNet-200", "ResNet 50"]
     + ["NASNet-A", "NASNet-A 27.6M", "AmoebaNet-B", "DARTS", "SNAS", "ENAS"],
 )
-def test_networks_of_the_poster_without_a_model_say_so(name):
+def test_networks_of_the_poster_without_a_model_are_reported(name):
     network = Network.parse(name)
     for call in (models.build, models.parameters, models.multiply_adds):
         with pytest.raises(ValueError, match=f"{network} is a network of the poster .* has no model yet"):

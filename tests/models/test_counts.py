@@ -43,7 +43,7 @@ def test_parameter_counts_of_the_poster(name, millions):
     ],
 )
 def test_counts_of_the_plain_networks(name, parameters_, multiply_adds_):
-    """Counted once on throw-away networks that were written for this; those of WRN 50-2 are also torchvision's."""
+    """Counted once on throw-away networks written for this purpose; those of WRN 50-2 are also torchvision's."""
     assert parameters(name) == parameters_ and multiply_adds(name) == multiply_adds_
 
 
@@ -70,7 +70,7 @@ def test_counts_of_grid_networks_by_closed_form(layers, width, templates):
     assert multiply_adds(name) == 32 * 32 * (2 * width + layers * d + width)
 
 
-def test_sharing_changes_no_multiply_add():
+def test_sharing_does_not_change_the_multiply_adds():
     for shared, plain in (("SWRN 28-1-2", "WRN 28-1"), ("SWRN 50-1-2", "WRN 50-1"), ("SCNN-5", "CNN")):
         assert multiply_adds(shared) == multiply_adds(plain) and parameters(shared) < parameters(plain)
 

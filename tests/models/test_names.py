@@ -1,4 +1,4 @@
-"""The poster's names: read, written again, and refused where they contradict themselves."""
+"""The poster's names: parsed, written back, and refused if they contradict themselves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_no_two_of_the_posters_networks_are_the_same():
         ("ENAS", Network("ENAS", None, 36)),
     ],
 )
-def test_what_a_name_says(name, expected):
+def test_what_a_name_means(name, expected):
     assert parse(name) == expected
 
 
@@ -141,7 +141,7 @@ def test_names_of_narrow_relatives(name, narrow):
     assert str(parse(name).narrowed()) == narrow
 
 
-def test_which_networks_solve_what():
+def test_which_networks_solve_which_task():
     assert {name for name in POSTER if parse(name).grids} == {"CNN", "SCNN", "SCNN 100 layers"}
     assert {name for name in POSTER if parse(name).imagenet} == {"WRN 50-2", "SWRN 50-2", "DenseNet-264", "ResNet-200"}
 
@@ -178,7 +178,7 @@ def test_sizes_of_the_searched_networks():
         ("NASNet-A width 0", "at least 1"),
     ],
 )
-def test_names_that_contradict_themselves_are_told_what_is_meant(name, says):
+def test_the_error_for_a_contradictory_name_explains_what_is_meant(name, says):
     with pytest.raises(ValueError, match=says):
         parse(name)
 

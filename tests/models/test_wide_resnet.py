@@ -100,7 +100,7 @@ def test_what_is_not_shared():
     assert plain == first | {"stem.weight", "classifier.weight"}
 
 
-def test_unshared_parts_bear_the_names_of_wrn(tmp_path):
+def test_unshared_parts_have_the_names_of_wrn(tmp_path):
     shared, plain = models.swrn(28, 1, 2), models.wrn(28, 1)
     mine, theirs = shared.state_dict(), plain.state_dict()
     own = {key for key in mine if key.endswith(("templates", "coefficients"))}

@@ -1,4 +1,4 @@
-"""What the tests of the pictures share: charts as a reader sees them, and what two of the pictures are made from."""
+"""What the tests of the pictures share: charts as a reader sees them, and the data of two of the pictures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ matplotlib.use("Agg")
 
 @pytest.fixture(autouse=True)
 def own_style():
-    """What a test sets or leaves open is gone after it."""
+    """Undo what a test sets, and close the figures that it leaves open."""
     with matplotlib.rc_context():
         yield
     plt.close("all")
 
 
-class Seen:
-    """The chart as a reader sees it who has moved the controls to `values`, rendered by Vega itself."""
+class RenderedChart:
+    """The chart as a reader sees it after moving the controls to `values`, rendered by Vega itself."""
 
     def __init__(self, moving: pictures.Moving, **values: float | str) -> None:
         import vl_convert
@@ -46,10 +46,10 @@ class Seen:
 
     @property
     def shades(self) -> list[str]:
-        """The colours of the squares in order: those that a ramp gave."""
+        """The colours of the squares, in order: those taken from a colour ramp."""
         return [fill for fill in self.fills if fill.startswith("rgb(")]
 
-    def said(self, pattern: str) -> tuple[str, ...]:
+    def find_text(self, pattern: str) -> tuple[str, ...]:
         """The groups of `pattern` in the one text of the chart that matches it."""
         found = [match for text in self.texts if (match := re.search(pattern, text))]
         assert len(found) == 1, (pattern, self.texts)
@@ -57,10 +57,10 @@ class Seen:
 
 
 @pytest.fixture(scope="session")
-def seen() -> type[Seen]:
-    if not os.environ.get("CI"):  # there it must not be missing
+def rendered() -> type[RenderedChart]:
+    if not os.environ.get("CI"):  # must not be missing on CI
         pytest.importorskip("vl_convert")
-    return Seen
+    return RenderedChart
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,6 @@ def folding() -> Folding:
         return 0.25 + sum(p.numel() for p in network.parameters()) / 1e5
 
     sweeps = {name: sweep(network, error, (0.8, 0.9, 1.0)) for name, network in networks.items()}
-    assert len(calls) == 5, "each network before, and once for each of the three different plans"
+    assert len(calls) == 5, "each network before folding, and once for each of the three different plans"
     doubled = {name: [row | {"value": 2 * row["value"]} for row in rows] for name, rows in sweeps.items()}
     return Folding(pictures.folds(networks, {"once": sweeps, "twice": doubled}, {"once": error}), networks, sweeps)

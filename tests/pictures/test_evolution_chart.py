@@ -14,8 +14,8 @@ from softshare.training.recorder import largest_pair
 
 @pytest.mark.parametrize("step", [0, 2, 3])
 @pytest.mark.parametrize("run", ["SWRN", "SWRN with penalty"])
-def test_the_matrices_of_the_chosen_moment_are_shown_beside_their_start(seen, runs, step, run):
-    picture = seen(pictures.evolution(runs), step=step, run=run)
+def test_the_matrices_of_the_chosen_moment_are_shown_beside_their_start(rendered, runs, step, run):
+    picture = rendered(pictures.evolution(runs), step=step, run=run)
     largest = [float(text.split(": ")[1]) for text in picture.texts if text.startswith("largest pair")]
     matrices = runs[run].matrices()
     off = ~np.eye(4, dtype=bool)
@@ -27,8 +27,8 @@ def test_the_matrices_of_the_chosen_moment_are_shown_beside_their_start(seen, ru
     assert (starts == nows) == (step == 0)
 
 
-def test_each_cell_has_the_shade_of_its_similarity(seen):
-    """In a matrix that is not symmetric, so that rows and columns cannot be taken for each other."""
+def test_each_cell_has_the_shade_of_its_similarity(rendered):
+    """In a matrix that is not symmetric, so that rows and columns cannot be confused."""
     recorder = SimilarityRecorder()
     model = models.swrn(22, 1)
     for step in (0, 1):
@@ -37,7 +37,7 @@ def test_each_cell_has_the_shade_of_its_similarity(seen):
     recorder.matrices = lambda: {group: np.stack([np.eye(4), shades]) for group in recorder.coefficients}
     picture = pictures.evolution({"SWRN": recorder})
     cells = []
-    for path in seen(picture, step=1).paths:
+    for path in rendered(picture, step=1).paths:
         if path.get("fill", "").startswith("rgb("):
             x, y = map(float, re.match(r"M([\d.]+),([\d.]+)", path.get("d")).groups())
             cells.append((x, y, sum(map(int, re.findall(r"\d+", path.get("fill"))))))
@@ -52,7 +52,7 @@ def test_each_cell_has_the_shade_of_its_similarity(seen):
     assert np.array_equal(live.axes[3].get_images()[0].get_array(), shades)
 
 
-def test_a_layer_alone_resembles_no_other():
+def test_a_single_layer_resembles_no_other():
     assert largest_pair(np.ones((2, 1, 1))).tolist() == [0.0, 0.0]
 
 

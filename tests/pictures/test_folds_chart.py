@@ -1,4 +1,4 @@
-"""Folding over thresholds: boxes, loops, words and errors are those of the plans."""
+"""Folding over thresholds: boxes, loops, texts and errors match the plans."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from softshare import models, pictures, plan_fold
 from softshare.folded import sweep
 
 
-def test_boxes_loops_and_costs_are_those_of_the_plan(seen, folding):
+def test_boxes_loops_and_costs_are_those_of_the_plan(rendered, folding):
     picture, networks, sweeps = folding
-    chart = seen(picture, threshold=0.9, net="SWRN")
+    chart = rendered(picture, threshold=0.9, net="SWRN")
     shown = chart.texts
     assert "loop \N{MULTIPLICATION SIGN} 4" in shown
     (group,) = [each for each in plan_fold(networks["SWRN"], 0.9).groups if each.name == "stage2"]
@@ -41,7 +41,7 @@ def test_boxes_loops_and_costs_are_those_of_the_plan(seen, folding):
     assert widths[0] / widths[1] == pytest.approx(8 / 0.8, rel=0.1), "a loop of two layers, four times"
     rings = [each for each in chart.paths if each.get("stroke-width") == "2.5"]
     assert len(rings) == 2, "one for each way to measure"
-    other = seen(picture, threshold=0.9, net="tied by hand").texts
+    other = rendered(picture, threshold=0.9, net="tied by hand").texts
     assert not [text for text in other if "loop" in text or minus in text.split(",")[0]]
 
 
@@ -76,16 +76,16 @@ def test_the_live_form_measures_the_folded_network_once(folding):
     open_before = plt.get_fignums()
     threshold, net, _ = picture.live().children
     assert asked[-1] == next(row for row in sweeps["SWRN"] if row["threshold"] == 0.9)["parameters"], "the folded one"
-    assert threshold.step < picture.controls["threshold"].step, "a kernel goes between the stops"
+    assert threshold.step < picture.controls["threshold"].step, "a kernel allows values between the stops"
     count = len(asked)
     threshold.value = 0.95  # the same plan
     assert len(asked) == count
     net.value = "tied by hand"
     assert len(asked) == count + 1
-    assert picture.live() is picture.live() and plt.get_fignums() == open_before, "nothing is left open"
+    assert picture.live() is picture.live() and plt.get_fignums() == open_before, "no figure is left open"
 
 
-def test_the_live_form_tells_of_no_error_that_it_cannot_measure(folding):
+def test_the_live_form_shows_no_error_that_it_cannot_measure(folding):
     _, networks, sweeps = folding
     silent, told = (pictures.folds(networks, {"once": sweeps}, how) for how in (None, {"once": lambda _: 12.34}))
     plan = plan_fold(networks["SWRN"], 0.9)

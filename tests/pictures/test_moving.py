@@ -1,4 +1,4 @@
-"""Pictures in both their forms: a chart on a page, and widgets where a kernel runs."""
+"""Pictures in both forms: a chart on a page, and widgets where a kernel runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_widgets_redraw_when_they_are_moved(runs, folding):
             assert bytes(image.value) == before, "back where it was"
 
 
-def test_a_cell_shows_widgets_where_there_are_some_and_always_a_chart(monkeypatch):
+def test_a_cell_shows_widgets_if_available_and_always_a_chart(monkeypatch):
     picture = pictures.mixing(torch.randn(2, 3, 3), start=((1, 0), (0, 1)))
     bundle = picture._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", WIDGET}
@@ -40,7 +40,7 @@ def test_a_cell_shows_widgets_where_there_are_some_and_always_a_chart(monkeypatc
     assert set(picture._repr_mimebundle_()) == {"text/plain", "text/html"}
 
 
-def test_controls_that_cannot_be():
+def test_invalid_controls_are_refused():
     for wrong in ((1, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 2)):
         with pytest.raises(ValueError, match="a slider needs"):
             Slider("x", *wrong)

@@ -20,7 +20,7 @@ def test_a_matrix_is_drawn_from_zero_to_one_with_its_values():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
 
 
-def test_a_plan_shows_a_box_a_layer_its_source_and_its_loops():
+def test_a_plan_shows_a_box_per_layer_its_source_and_its_loops():
     model = models.swrn(40, 1, 8)
     plan = softshare.tie(model, {"stage2": [(3, 5, 7, 9), (4, 6, 8, 10)]})
     figure = pictures.plan(plan)

@@ -1,4 +1,4 @@
-"""Search beside a network: steps by networkx, answers by the network itself, pixel by pixel."""
+"""Search next to a network: steps by networkx, answers by the network itself, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softshare.shortest_path import generate, steps_from
 
 
 def oracle(inputs):
-    """Steps from the first query by networkx, (H, W) with -1 where there is no way."""
+    """Steps from the first query by networkx, (H, W) with -1 where there is no path."""
     free = ~inputs[1].numpy()
     height, width = free.shape
     graph = networkx.grid_2d_graph(height, width)
@@ -38,7 +38,7 @@ def test_steps_agree_with_networkx():
         steps_from(torch.zeros(1, 2, 5, 5))
 
 
-def test_search_and_guesses_are_counted_as_they_are(seen):
+def test_search_and_guesses_are_counted_correctly(rendered):
     torch.manual_seed(0)
     networks = {"CNN": models.gridnet(5, 4).eval(), "SCNN": models.gridnet(5, 4, templates=5).eval()}
     picture = pictures.search(networks, 8, 7, 0.3, seed=4, grids=3)
@@ -46,7 +46,7 @@ def test_search_and_guesses_are_counted_as_they_are(seen):
     for n in range(3):
         steps, free = oracle(grids.inputs[n]), ~grids.inputs[n, 1]
         for step, (name, network) in zip((0, 3), networks.items(), strict=True):
-            reached, wrong = seen(picture, step=step, net=name, grid=f"grid {n + 1}").said(
+            reached, wrong = rendered(picture, step=step, net=name, grid=f"grid {n + 1}").find_text(
                 r"search: (\d+) pixels? reached; network: (\d+) pixels? wrong"
             )
             assert int(reached) == ((steps >= 0) & (steps <= step)).sum()
@@ -56,11 +56,11 @@ def test_search_and_guesses_are_counted_as_they_are(seen):
                 "after all layers: the network's answer"
             )
     assert picture.controls["step"].start <= picture.controls["step"].most
-    early = {seen(picture, layer=layer).said(r"network: (\d+)")[0] for layer in range(6)}
+    early = {rendered(picture, layer=layer).find_text(r"network: (\d+)")[0] for layer in range(6)}
     assert len(early) > 1, "the layers differ"
 
 
-def test_every_pixel_of_the_search_has_the_colour_of_what_it_is(seen):
+def test_every_pixel_of_the_search_has_the_right_colour(rendered):
     torch.manual_seed(1)
     network = models.gridnet(4, 6).eval()
     picture = pictures.search({"CNN": network}, 9, 7, 0.25, seed=2, grids=2)
@@ -71,7 +71,7 @@ def test_every_pixel_of_the_search_has_the_colour_of_what_it_is(seen):
         steps, truth = oracle(grids.inputs[n]), grids.targets[n].numpy()
         queries, obstacles = grids.inputs[n].numpy()
         free = ~queries & ~obstacles
-        found = Counter(fill.upper() for fill in seen(picture, step=3, grid=f"grid {n + 1}").fills)
+        found = Counter(fill.upper() for fill in rendered(picture, step=3, grid=f"grid {n + 1}").fills)
         expected = {
             "#595959": 2 * obstacles.sum(),
             "#0072B2": 2 * queries.sum(),

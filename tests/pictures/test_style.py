@@ -42,11 +42,11 @@ def test_the_style_sheet_is_what_use_style_applies():
     assert {name: after[name] for name in sheet} == dict(sheet)
     assert {name: after[name] for name in SETTINGS} == SETTINGS
     assert tuple(after["axes.prop_cycle"].by_key()["color"]) == pictures.CYCLE
-    # Notebooks set the format of inline pictures beside it; of matplotlib's own settings none but the sheet's change.
+    # Notebooks also set the format of inline pictures; of matplotlib's own settings, only the sheet's change.
     assert {name for name in before if before[name] != after[name]} <= set(sheet)
 
 
-def test_the_style_sheet_travels_with_the_package():
+def test_the_style_sheet_ships_with_the_package():
     assert resources.files(pictures).joinpath("softshare.mplstyle").read_bytes() == STYLE_SHEET.read_bytes()
     matplotlib.rcdefaults()
     matplotlib.style.use("softshare.pictures.softshare")  # as its first lines say
@@ -92,7 +92,7 @@ def test_numbers_on_coloured_boxes_can_be_read():
         pictures.ink("no colour")
 
 
-def test_clusters_have_colours_of_their_own_however_many_there_are():
+def test_every_cluster_has_its_own_colour_however_many_there_are():
     model = models.gridnet(40, 4, 40)
     for clusters in (0, 3, 7, 8, 20):
         plan = softshare.tie(model, {"layers": [(2 * i + 1, 2 * i + 2) for i in range(clusters)]})

@@ -1,4 +1,4 @@
-"""What the benchmark measures, how it compares, and what it writes; how long things take is nobody's concern here."""
+"""What the benchmark measures, how it compares, and what it writes; actual durations are not tested here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SECTIONS = {
 
 @pytest.fixture
 def written(tmp_path, monkeypatch, capsys):
-    """The path of a record made of hand-made numbers, as for SWRN 16-4-2 on a CPU, and the table that was printed."""
+    """The path of a record of made-up numbers, as for SWRN 16-4-2 on a CPU, and the table that was printed."""
     monkeypatch.setattr(benchmark, "measure", lambda *_: copy.deepcopy(SECTIONS))
     path = tmp_path / "deep" / "record.json"
     assert benchmark.main(["--device", "cpu", "--rounds", "2", "--output", str(path)]) == 0
@@ -102,7 +102,7 @@ def test_a_quick_run_measures_everything_and_writes_one_whole_record(quick):
     assert record["epoch"]["seconds"]["ours"] == pytest.approx(50_000 / 16 * middle, rel=1e-4)
     if (
         sys.platform == "linux"
-    ):  # weights, gradients, momentum and activations of 16 images: no less than that, not much more
+    ):  # weights, gradients, momentum and activations of 16 images: at least that, and not much more
         assert all(5 * 2**20 < peak < 2**30 for peak in record["memory"]["bytes"].values())
     assert all(target["measured"] == "not measured" and target["met"] is None for target in record["targets"])
     assert max(map(len, done.stdout.splitlines())) <= 100
@@ -110,7 +110,7 @@ def test_a_quick_run_measures_everything_and_writes_one_whole_record(quick):
 
 
 def by_hand():
-    """The multiply-adds of WRN 16-1 for one image; each convolution: output pixels times weights."""
+    """The multiply-adds of WRN 16-1 for one image; each convolution costs output pixels times weights."""
     total = 32 * 32 * 3 * 16 * 9
     for stage, width in enumerate((16, 32, 64)):
         pixels = (32 >> stage) ** 2
@@ -137,7 +137,7 @@ def test_the_ratios_of_a_record_follow_from_its_seconds(quick):
 
 
 def test_a_ratio_is_taken_within_rounds():
-    """Load that hits one round alike changes nothing; the ratio of medians would be 3."""
+    """Load that slows a whole round equally changes nothing; the ratio of medians would be 3."""
     seconds = {"a": [2.0, 30.0, 6.0], "b": [1.0, 10.0, 2.0]}
     assert benchmark.ratio(seconds, "a", "b") == (3.0, 2.0, 3.0)
     assert benchmark.ratio({"a": [1.0, 8.0], "b": [1.0, 2.0]}, "a", "b", 10.0) == (25.0, 10.0, 40.0)
@@ -175,7 +175,7 @@ def test_layerwise_mixing_computes_what_the_shared_model_computes(monkeypatch):
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(mixed(x), shared(x), rtol=1e-4, atol=1e-4)
     assert len(mixes) == count == 12 and set(mixes.values()) == {1}  # each layer mixes its own weight, once
-    for bank, before in zip(banks(mixed).values(), banks(shared).values(), strict=True):  # one tensor a stage
+    for bank, before in zip(banks(mixed).values(), banks(shared).values(), strict=True):  # one tensor per stage
         assert bank.templates.shape == (3, *before.weight_shape) and bank.templates.is_contiguous()
         weight = bank.mix(1)
         assert weight.is_contiguous() and torch.equal(
@@ -198,7 +198,7 @@ def test_images_one_by_one_equal_our_batch_for_the_same_draws(task):
     assert set(draws[:, 0].tolist()) == {0, 1}
     done = []
     for image, (flip, row, column, *_) in zip(task.images.permute(0, 2, 3, 1).numpy(), draws.tolist(), strict=True):
-        column = 8 - column if flip else column  # we crop first and mirror then, the authors the other way round
+        column = 8 - column if flip else column  # we crop first and then mirror; the authors do the reverse
         done.append(steps.augment_one(np.ascontiguousarray(image), augmentation, flip, row, column))
     torch.testing.assert_close(torch.cat(done), augmentation(task.images, draws), rtol=1e-4, atol=1e-5)
 
@@ -214,7 +214,7 @@ def test_the_loaders_images_are_drawn_from_all_flips_and_crops():
     assert not torch.equal(inputs, steps.one_by_one(task, [*range(600)])[0])
 
 
-def test_our_data_path_is_the_tasks_in_whole_batches(task):
+def test_our_data_path_takes_whole_batches_from_the_task(task):
     batches = steps.batches(task, 8)
     order = torch.Generator().manual_seed(0)
     for epoch in (1, 2, 3):
@@ -232,7 +232,7 @@ def setup_of(**changes):
 
 
 @pytest.mark.parametrize("name", ["ours", "plain", "authors"])
-def test_every_step_trains_the_network_that_it_is_named_for(name, task, monkeypatch):
+def test_every_step_trains_the_network_that_it_is_named_after(name, task, monkeypatch):
     seen = []
 
     def look(model, task, inputs, targets, optimizer, scaler, dtype):
@@ -256,7 +256,7 @@ def test_every_step_trains_the_network_that_it_is_named_for(name, task, monkeypa
         assert seen[0][3] is torch.float32 and model.stem.weight.is_contiguous()
 
 
-def test_where_compilation_fails_the_step_runs_without_it_and_the_record_says_so(task, monkeypatch):
+def test_if_compilation_fails_the_step_runs_without_it_and_a_note_is_recorded(task, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler here")
 
@@ -275,7 +275,7 @@ def test_where_compilation_fails_the_step_runs_without_it_and_the_record_says_so
     assert "no compiler here" in notes[1] and notes[2] == "SWRN 16-1-2 runs without torch.compile"
 
 
-def test_tf32_is_as_told_within_a_step_and_as_before_after_it(task, monkeypatch):
+def test_tf32_is_set_within_a_step_and_restored_after_it(task, monkeypatch):
     flags = []
 
     def look(*_):
@@ -305,7 +305,7 @@ def test_the_plain_network_is_of_the_same_size(name, plain, monkeypatch):
 
 
 @pytest.mark.long
-def test_memory_that_cannot_be_measured_says_why(written):
+def test_memory_that_cannot_be_measured_is_recorded_with_the_reason(written):
     peaks = benchmark._memory(setup_of(model="SWRN 17-1-2"), None)["memory"]["bytes"]
     assert set(peaks) == {"ours", "plain", "authors"} and all(
         "not measured: ValueError" in each for each in peaks.values()
@@ -314,7 +314,7 @@ def test_memory_that_cannot_be_measured_says_why(written):
     assert benchmark.table(record).count("not measured") == 5 + 3
 
 
-def test_targets_are_judged_where_they_were_measured_alone(written):
+def test_only_measured_targets_are_judged(written):
     record = benchmark.load_benchmark(written[0])
     met = {target["what"]: target["met"] for target in record["targets"]}
     assert [met[name] for name in met if name.startswith("cpu")] == [True, False, True]
@@ -328,7 +328,7 @@ def test_targets_are_judged_where_they_were_measured_alone(written):
 
 
 def numbers_of(line):
-    """The words of a line of the table, and those at its end that are numbers with three digits."""
+    """The words of a line of the table, and the numbers with three digits at its end."""
     words = line.split()
     count = next((n for n, word in enumerate(reversed(words)) if not re.fullmatch(r"[\d,]+\.\d{3}", word)), 0)
     return words, words[len(words) - count :]
@@ -425,7 +425,7 @@ def test_a_record_changed_by_hand_is_refused(written, tmp_path):
         benchmark.load_benchmark(tmp_path / "changed.json")
 
 
-def test_a_cut_record_and_a_missing_one_are_told_apart(written, tmp_path):
+def test_a_truncated_record_and_a_missing_one_are_distinguished(written, tmp_path):
     path, _ = written
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="not JSON"):
@@ -434,7 +434,7 @@ def test_a_cut_record_and_a_missing_one_are_told_apart(written, tmp_path):
         benchmark.load_benchmark(tmp_path / "nothing.json")
 
 
-def test_every_record_that_is_kept_loads():
+def test_every_stored_record_loads():
     kept = sorted((Path(benchmark.__file__).parents[2] / "data" / "benchmarks").glob("*.json"))
     assert not any(benchmark.load_benchmark(path)["quick"] for path in kept)
 

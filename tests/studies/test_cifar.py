@@ -1,4 +1,4 @@
-"""Images to train on, to hold out and to test on; profiles that need the poster's images say so."""
+"""Images to train on, to hold out and to test on; profiles that need the poster's images refuse others."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_what_is_trained_on_held_out_and_tested_on(fake_cifar):
     assert short.train.size == 50_000 and short.train.held_out is None and len(short.test.held_out[1]) == 10_000
 
 
-def test_the_toy_takes_what_there_is(monkeypatch):
+def test_the_toy_profile_uses_all_the_images_available(monkeypatch):
     monkeypatch.setenv("SOFTSHARE_DATA", "")
     found = tasks_of("WRN 28-10", "fast", 0, "digits")
     assert found.train.images.shape[1:] == (3, 16, 16) and found.train.size == round(0.9 * 1437)
     assert len(found.train.held_out[1]) == 1437 - found.train.size and len(found.test.held_out[1]) == 360
-    assert not found.train.augmentation.flip and found.train.augmentation.pad == 2  # a mirrored 2 is no 2
+    assert not found.train.augmentation.flip and found.train.augmentation.pad == 2  # a mirrored 2 is not a 2
 
 
 @pytest.fixture

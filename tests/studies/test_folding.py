@@ -47,7 +47,7 @@ def test_a_fold_is_tested_in_two_ways_and_recorded(trained, tmp_path):
 
 
 def test_statistics_are_reestimated_on_examples_drawn_at_random(trained):
-    """A data set may be sorted by class: statistics of its first thousand images would fit no other class."""
+    """A data set may be sorted by class: statistics of its first thousand images would not fit the other classes."""
     _, _, tasks = trained
     plan = make_plan("SWRN 40-8-8", "fast", 0, rehearse=True)
     order = torch.randperm(tasks.train.size, generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ def test_statistics_are_reestimated_on_examples_drawn_at_random(trained):
     assert torch.equal(study_of(plan).sample(plan, tasks), expected) and not torch.equal(order, order.sort().values)
 
 
-def test_a_plan_from_snapshots_is_that_of_the_network(trained):
+def test_a_plan_from_snapshots_equals_that_of_the_network(trained):
     record, model, _ = trained
     found, expected = folding.plan_from_snapshots(record, 0.3), softshare.plan_fold(model, 0.3)
     assert str(found) == str(expected) and found.clusters == expected.clusters

@@ -1,4 +1,4 @@
-"""The GPU list: what is run in which order, what fits, what is found again, what ends with what."""
+"""The GPU list: the order of its runs, what fits into the time, what is already done, and how runs end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softshare.studies import RECIPES, STUDIES, find_records, gpu_list, make_pla
 from softshare.studies.gpu_list import Entry, Job, Places
 
 
-def test_the_order_is_that_of_value():
+def test_entries_are_ordered_by_value():
     jobs = [entry.jobs for entry in gpu_list.entries()]
     assert jobs[0] == ()
     assert set(jobs[1]) == {Job(name, seed) for name in ("CNN", "SCNN") for seed in range(10, 15)}
@@ -31,7 +31,7 @@ def test_the_order_is_that_of_value():
 
 @pytest.fixture
 def images(monkeypatch):
-    """As if both CIFAR data sets were at hand."""
+    """As if both CIFAR data sets were available."""
     monkeypatch.setattr(
         STUDIES["cifar"], "fingerprint", lambda plan, data=None, download=False: f"{data}", raising=False
     )
@@ -39,7 +39,7 @@ def images(monkeypatch):
 
 @pytest.mark.parametrize(("minutes", "chosen"), [(1, []), (30, ["curriculum"]), (80, ["curriculum", "similarity"])])
 def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch, images):
-    """At the assumed speed the curriculum takes minutes side by side, SWRN 40-8-8 three quarters of an hour."""
+    """At the assumed speed the curriculum takes minutes, run side by side, and SWRN 40-8-8 three quarters of an hour."""
     done, clock = [], [0.0]
     monkeypatch.setattr(gpu_list.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(gpu_list, "_benchmark", lambda *_: ("done", 1.0))
@@ -59,7 +59,7 @@ def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch
     assert done[: len(chosen)] == chosen and len(done) <= len(chosen) + 1
 
 
-def test_what_a_checkpoint_has_behind_it_is_not_needed_again(tmp_path, images):
+def test_time_already_covered_by_a_checkpoint_is_not_needed_again(tmp_path, images):
     places, job = Places("cuda", "", tmp_path), Job("SWRN 28-14-2*", 3, data="cifar100")
     whole = gpu_list.still_needs(job, places, None)
     plan = make_plan("SWRN 28-14-2*", "paper", 3)
@@ -67,7 +67,7 @@ def test_what_a_checkpoint_has_behind_it_is_not_needed_again(tmp_path, images):
     folder.mkdir()
     (folder / f"step-{391 * 150:08d}-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors").touch()
     assert gpu_list.still_needs(job, places, None) == pytest.approx(whole / 4)
-    # Neither another seed nor another data set has it behind it.
+    # The checkpoint does not count for another seed or another data set.
     assert gpu_list.still_needs(job._replace(seed=4), places, None) == whole
     assert gpu_list.still_needs(job._replace(data="cifar10"), places, None) == whole
 
@@ -90,15 +90,16 @@ def test_only_the_same_run_on_the_same_data_counts_as_done(tmp_path, images):
     assert recorded(2, "cifar10") and not recorded(2, "cifar100")
 
 
-def test_a_data_set_that_is_not_there_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_missing_data_set_is_reported_and_other_runs_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("both", (Job("WRN 28-6", 0), Job("CNN", 0)))])
     monkeypatch.setattr(gpu_list, "side_by_side", lambda waiting, *_: [(job, "done") for job in waiting])
     monkeypatch.setattr("softshare.files.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setenv("SOFTSHARE_DATA", "")
     assert gpu_list.run_list(60, Places("cuda", tmp_path, tmp_path)) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "WRN 28-6, paper, seed 0: failed: profile paper needs the images" in told and "CNN, paper, seed 0: done" in told
+        "WRN 28-6, paper, seed 0: failed: profile paper needs the images" in output
+        and "CNN, paper, seed 0: done" in output
     )
 
 
@@ -114,9 +115,9 @@ def test_trouble_with_one_data_set_does_not_hide_the_other_runs(tmp_path, monkey
         place.mkdir()
         (place / "cifar10.zip").write_bytes(b"PK but no zip")
     assert gpu_list.run_list(60, Places("cuda", tmp_path / "runs", tmp_path)) == 1
-    told = capsys.readouterr().out
-    assert "WRN 28-6, paper, seed 0: failed: " in told and "is truncated, damaged" in told
-    assert "CNN, paper, seed 0: done" in told
+    output = capsys.readouterr().out
+    assert "WRN 28-6, paper, seed 0: failed: " in output and "is truncated, damaged" in output
+    assert "CNN, paper, seed 0: done" in output
 
 
 def test_inside_an_application_runs_cannot_be_started(monkeypatch):
@@ -125,7 +126,7 @@ def test_inside_an_application_runs_cannot_be_started(monkeypatch):
         Places()
 
 
-def test_the_folders_of_a_list_are_found_at_home(monkeypatch, tmp_path):
+def test_the_folders_of_a_list_may_be_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     places = Places(runs="~/r", checkpoints="~/c")
     command = places.command(Job("CNN", 0), quiet=True)
@@ -152,7 +153,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def forever(monkeypatch):
+def endless_jobs(monkeypatch):
     """Runs that would take hours."""
     monkeypatch.setenv("SOFTSHARE_DATA", "")
     return [Job("CNN", seed) for seed in range(3)]
@@ -187,8 +188,8 @@ def test_sigterm_ends_the_runs_too(tmp_path):
     assert not any(Path(f"/proc/{child}").exists() for child in found)
 
 
-def test_sigterm_that_another_thread_receives_is_heard(tmp_path):
-    # Such a signal, like one that comes just before the main thread begins to wait, does not wake the main thread.
+def test_sigterm_received_by_another_thread_is_handled(tmp_path):
+    # Such a signal, like one that arrives just before the main thread starts to wait, does not wake the main thread.
     code = (
         "import sys, threading\nfrom signal import SIGTERM, raise_signal\nfrom softshare.studies import gpu_list\n"
         "class Places(gpu_list.Places):\n"
@@ -202,18 +203,20 @@ def test_sigterm_that_another_thread_receives_is_heard(tmp_path):
     assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, cwd=tmp_path).returncode == 143
 
 
-def test_a_mistyped_folder_is_told_and_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_mistyped_folder_is_reported_and_other_runs_continue(tmp_path, monkeypatch, capsys):
     entry = Entry("broken", (Job("WRN 28-6", 0), Job("CNN", 0)))
     monkeypatch.setattr(gpu_list, "entries", lambda: [entry])
     monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
     assert gpu_list.run_list(6, Places(runs=tmp_path, checkpoints=tmp_path / "c", rehearse=True)) == 1
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "WRN 28-6, paper, seed 0: failed: " in told and "mistyped" in told and "CNN, paper, seed 0: done after" in told
+        "WRN 28-6, paper, seed 0: failed: " in output
+        and "mistyped" in output
+        and "CNN, paper, seed 0: done after" in output
     )
 
 
-def test_a_failed_run_is_told_with_its_status(tmp_path, monkeypatch):
+def test_a_failed_run_is_reported_with_its_status(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
     ((job, outcome),) = gpu_list.side_by_side(
         [Job("WRN 28-6", 0)], Places(runs=tmp_path, checkpoints=tmp_path), 1, 60.0
@@ -221,9 +224,9 @@ def test_a_failed_run_is_told_with_its_status(tmp_path, monkeypatch):
     assert outcome.startswith("failed with status 1 after")
 
 
-def test_a_run_over_its_limit_is_stopped(forever, tmp_path):
+def test_a_run_over_its_limit_is_stopped(endless_jobs, tmp_path):
     started = time.monotonic()
-    outcomes = gpu_list.side_by_side(forever, Places(runs=tmp_path, checkpoints=tmp_path), 2, 2.0)
+    outcomes = gpu_list.side_by_side(endless_jobs, Places(runs=tmp_path, checkpoints=tmp_path), 2, 2.0)
     assert time.monotonic() - started < 10
     assert [outcome.split(":")[0] for _, outcome in outcomes] == [
         "stopped at its limit; the same command resumes it",
@@ -232,14 +235,14 @@ def test_a_run_over_its_limit_is_stopped(forever, tmp_path):
     ]
 
 
-def test_no_time_is_no_list():
+def test_a_list_needs_time_and_at_least_one_process():
     for minutes, parallel in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="minutes must be above 0 and parallel at least 1"):
             gpu_list.run_list(minutes, Places(parallel=parallel))
 
 
 @pytest.mark.long
-def test_a_rehearsal_executes_every_step_and_a_second_one_finds_all(tmp_path):
+def test_a_rehearsal_executes_every_step_and_a_second_one_finds_all_records(tmp_path):
     arguments = ["gpu", "--minutes", "60", "--rehearse", "--parallel", "2", "--device", "cpu"]
     arguments += ["--runs", str(tmp_path / "runs"), "--checkpoints", str(tmp_path / "c")]
     command = [sys.executable, "-m", "softshare", *arguments]

@@ -1,4 +1,4 @@
-"""The curriculum: whose grids are whose, what is measured when, and journeys past the training."""
+"""The curriculum: which grids belong to which set, and what is measured when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tasks_of(seed):
     return study_of(plan).tasks(plan)
 
 
-def test_validation_grids_are_nobodys_training_grids():
+def test_validation_grids_are_never_training_grids():
     mine, theirs = tasks_of(1), tasks_of(2)
     assert not torch.equal(mine.train.phases[0].train.inputs, theirs.train.phases[0].train.inputs)
     for one, other in zip(mine.train.phases, theirs.train.phases, strict=True):
@@ -28,7 +28,7 @@ def test_validation_grids_are_nobodys_training_grids():
 
 
 class Fixed(torch.nn.Module):
-    """Answers what a function of the grids says; counts in which phases' grids it saw."""
+    """A model whose answer is the rectangle rule."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,8 +23,8 @@ def test_every_row_of_the_poster_that_is_ours_has_a_recipe():
     assert all(recipe.study in STUDIES for recipe in RECIPES.values())
 
 
-def test_every_name_of_a_published_table_is_a_network_and_means_one():
-    """Recipes have "cutout" behind the network's name; the other rows are names as they stand."""
+def test_every_name_of_a_published_table_stands_for_exactly_one_network():
+    """Recipes have "cutout" after the network's name; the other rows are plain names."""
     names = [row["model"].removesuffix(" cutout") for table in tables.TABLES for row in tables.paper_table(table)]
     for table in tables.TABLES:
         models = [row["model"] for row in tables.paper_table(table)]

@@ -94,7 +94,7 @@ def test_a_changed_record_is_refused(trained, tmp_path, change, message):
 BASE = Identity("cifar", 1, "a", "fast", 0, "WRN 28-1", {"sizes": {"x": 1, "y": 2}}, "f")
 
 
-def test_the_hash_is_of_everything_in_an_identity_and_of_no_order():
+def test_the_hash_covers_everything_in_an_identity_but_not_its_order():
     assert dataclasses.replace(BASE, chosen={"sizes": {"y": 2, "x": 1}}).hash == BASE.hash
     others = {"study": "paths", "version": 2, "recipe": "b", "profile": "gpu", "seed": 1, "network": "WRN 28-2"}
     others |= {"chosen": {"sizes": {"x": 1}}, "fingerprint": "g"}
@@ -108,7 +108,7 @@ def test_what_cannot_be_recorded_is_refused_before_a_file_is_written(tmp_path):
         Identity("book", 1, "x", "huge", 0)
     with pytest.raises(ValueError, match="fast, gpu, short, paper"):
         find_records(tmp_path, profile="quick")
-    with pytest.raises(ValueError, match="the identity of a is of 'f'"):
+    with pytest.raises(ValueError, match="but a has the fingerprint 'f'"):
         write_record(BASE, {}, data={"source": "x", "fingerprint": "g"}, runs=tmp_path)
     with pytest.raises(TypeError, match="must be JSON"):
         records.record_path(dataclasses.replace(BASE, chosen={"x": np.float32(1)}), tmp_path)
@@ -131,7 +131,7 @@ def test_an_analysis_keeps_rows_of_its_own(tmp_path):
     assert find_records(tmp_path, "x") == [] and find_records(tmp_path, "fold of x") == [record]
 
 
-def test_findings_name_the_runs_that_they_rest_on(trained, tmp_path):
+def test_findings_name_the_runs_that_they_are_based_on(trained, tmp_path):
     record = trained[0]
     found = write_findings("chapter", "fast", 0, {"m": 1.5}, of=[record], runs=tmp_path, draws=3)
     assert found.identity.chosen == {"of": [record.identity.hash], "draws": 3} and found.data == record.data
@@ -141,8 +141,8 @@ def test_findings_name_the_runs_that_they_rest_on(trained, tmp_path):
     )
 
 
-def test_a_record_tells_what_was_used_of_what_there_was(trained):
-    """Digits are fewer than the plan would take, and are not mirrored."""
+def test_a_record_states_how_much_of_the_data_was_used(trained):
+    """There are fewer digits than the plan would use, and they are not mirrored."""
     config = trained[0].config
     assert config["augmentation"]["flip"] is False
     assert config["sizes"] == {"train": 300, "held_out": 100, "test": 200, "side": 16}
@@ -181,7 +181,7 @@ def test_a_record_and_its_snapshots_are_replaced_together(trained, tmp_path, mon
     assert found.metrics == {"m": 1} and found.similarity().steps == recorder.steps
 
 
-def test_the_files_of_a_user_are_found_at_home(trained, tmp_path, monkeypatch):
+def test_the_files_of_a_user_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     record = write_record(BASE, {"m": 1}, data={"source": "x", "fingerprint": "f"}, runs="~/runs")
     assert record.path == tmp_path / "runs" / f"{BASE.stem}.json"

@@ -1,4 +1,4 @@
-"""From recipe to record: found again, taken up where it was left, tested once, trained by several processes."""
+"""From recipe to record: found again, resumed where it stopped, tested once, trained by several processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_second_call_finds_the_record_and_a_seed_or_profile_does_not(tmp_path,
             train("SWRN 28-6-2 cutout", "fast", **{"data": "digits"} | other, **where)
 
 
-def test_weights_are_those_of_the_record_or_are_missed_by_name(tmp_path):
+def test_weights_are_those_of_the_record_or_reported_missing(tmp_path):
     where = places(tmp_path)
     first, model = train("WRN 28-6", "fast", 0, "digits", **where | {"rehearse": True})
     net = trained(first, tmp_path / "checkpoints")
@@ -46,7 +46,7 @@ def test_weights_are_those_of_the_record_or_are_missed_by_name(tmp_path):
         trained(first, tmp_path / "elsewhere")
     (end,) = (tmp_path / "checkpoints").rglob("*.safetensors")
     identity, tensors, facts = read_checkpoint(end)
-    end.unlink()  # only one of the middle is left, as after a disk was full at the end
+    end.unlink()  # only one from the middle is left, as if the disk had been full at the end
     write_checkpoint(end.parent, 6, identity, tensors, facts | {"epoch": 2, "history": facts["history"][:1]})
     with pytest.raises(FileNotFoundError, match="no checkpoint of the end"):
         trained(first, tmp_path / "checkpoints")
@@ -79,7 +79,7 @@ def test_the_tasks_of_a_record_are_those_it_was_made_with(tmp_path, monkeypatch)
     real = running.study_of(running.make_plan("WRN 28-6", "fast")).tasks
     other = lambda plan, data: real(plan, "digits")._replace(data={"source": "digits", "fingerprint": "other"})  # noqa: E731
     monkeypatch.setattr(running.study_of(running.make_plan("WRN 28-6", "fast")), "tasks", other, raising=False)
-    with pytest.raises(ValueError, match="is of .*here are"):
+    with pytest.raises(ValueError, match="was made with .* but the data here are"):
         tasks_of(record, "digits")
 
 
@@ -111,8 +111,8 @@ def test_every_recipe_runs(name, tmp_path):
     assert len(record.history) == record.config["schedule"]["epochs"]
 
 
-def softly(*arguments: str, **named) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, without images other than those embedded."""
+def run_softshare(*arguments: str, **named) -> subprocess.CompletedProcess:
+    """Run the command in its own process, with no images but the embedded ones."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SOFTSHARE_DATA": ""}
     command = [sys.executable, "-m", "softshare", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **named)
@@ -120,7 +120,7 @@ def softly(*arguments: str, **named) -> subprocess.CompletedProcess:
 
 @pytest.mark.long
 def test_two_processes_run_a_recipe_and_one_of_them_writes(tmp_path):
-    """BatchNorm and dropout among them; a run that was stopped says in its record where it was before."""
+    """With BatchNorm and dropout; the record of a run that was stopped notes where it ran before."""
     engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "softshare"]
     arguments = ["run", "SWRN 28-10-2*", "--data", "digits", "--quiet", "--device", "cpu", "--checkpoint-seconds", "0"]
     arguments += ["--rehearse", "--runs", str(tmp_path), "--checkpoints", str(tmp_path / "c")]
@@ -135,20 +135,20 @@ def test_two_processes_run_a_recipe_and_one_of_them_writes(tmp_path):
     assert other["precision"] == record.execution["precision"] and other["torch"] == record.execution["torch"]
     before = record.path.stat().st_mtime_ns
     record.path.unlink()  # and once more from its last checkpoint, with one process
-    assert softly(*arguments).returncode == 0
+    assert run_softshare(*arguments).returncode == 0
     (again,) = find_records(tmp_path)
     assert again.path.stat().st_mtime_ns != before and again.metrics["error"] == record.metrics["error"]
-    assert again.execution["processes"] == 2, "nothing was left to be trained: the record tells who did"
+    assert again.execution["processes"] == 2, "nothing was left to train, so the record names the processes that did"
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path):
+def test_a_killed_run_resumes_and_ends_in_the_same_record(tmp_path):
     def arguments(folder: str) -> list[str]:
         places = ["--runs", str(tmp_path / folder), "--checkpoints", str(tmp_path / folder / "c")]
         quick = ["--quiet", "--checkpoint-seconds", "0", "--device", "cpu", "--rehearse"]
         return ["run", "SCNN", "--seed", "4", *quick, *places]
 
-    assert softly(*arguments("whole")).returncode == 0
+    assert run_softshare(*arguments("whole")).returncode == 0
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SOFTSHARE_DATA": ""}
     process = subprocess.Popen([sys.executable, "-m", "softshare", *arguments("killed")], env=environment)
     limit = time.monotonic() + 60
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "killed").glob("*.json")) and list((tmp_path / "killed").rglob("*.safetensors"))
-    done = softly(*arguments("killed"))
+    done = run_softshare(*arguments("killed"))
     assert done.returncode == 0, done.stderr
     (whole,), (killed,) = (find_records(tmp_path / folder) for folder in ("whole", "killed"))
     timed = "examples_per_second"

@@ -1,4 +1,4 @@
-"""What decides an outcome is hashed, and nothing else: identities that must never change by accident."""
+"""Identities hash what decides an outcome, and nothing else; they must never change by accident."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def identity(plan: Plan, fingerprint: str = "x"):
 
 @pytest.mark.parametrize(("recipe", "profile", "seed", "expected"), [(*key, value) for key, value in GOLDEN.items()])
 def test_golden_identities(recipe, profile, seed, expected):
-    """A record that was made with an identity is found by it for ever: raise the study's version if its meaning changes."""
+    """A record must always be found by the identity it was made with: raise the study's version if its meaning changes."""
     assert identity(make_plan(recipe, profile, seed)).hash == expected
 
 
@@ -62,7 +62,7 @@ def test_a_field_added_with_a_default_changes_no_identity(name, monkeypatch):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_field_of_the_schedule_has_its_meaning_written_down(name):
-    """Else a default that changes elsewhere would change what a run does and not its identity, or the reverse."""
+    """Otherwise a default changed elsewhere would change what a run does but not its identity, or the reverse."""
     fields = {field.name for field in dataclasses.fields(Schedule)} - {"epochs", "seed"}
     assert set(STUDIES[name].defaults["schedule"]) == fields
 

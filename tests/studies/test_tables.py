@@ -88,8 +88,8 @@ def test_the_speeds_in_the_readme_are_those_of_the_record():
     assert f"{ratios['authors, TF32 off / ours'][0]:.1f} times ours" in text
 
 
-def test_what_runs_say_of_structure(tmp_path):
-    """From coefficients that were written by hand: a loop in stage 2, nothing elsewhere."""
+def test_what_runs_show_about_structure(tmp_path):
+    """From coefficients set by hand: a loop in stage 2, nothing elsewhere."""
     model = models.swrn(40, 1, 8)
     recorder = softshare.SimilarityRecorder()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_what_runs_say_of_structure(tmp_path):
     assert tables.structure(find_records(tmp_path), "SWRN 28-10-2") == {}
 
 
-def test_what_the_readme_says_of_folding_is_what_the_record_gives():
+def test_what_the_readme_says_about_folding_matches_the_record():
     top = Path(__file__).resolve().parents[2]
     text = " ".join((top / "README.md").read_text(encoding="utf-8").split())
     (path,) = re.findall(r"\[record\]\((data/runs/[^)]+)\)", text)

@@ -1,4 +1,4 @@
-"""Journeys past the training, as a record of their own."""
+"""Transfer to larger grids and longer distances than in training, as a record of its own."""
 
 from __future__ import annotations
 

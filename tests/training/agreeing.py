@@ -1,4 +1,4 @@
-"""Asks processes that torchrun started to agree on this and that, and writes what each of them found.
+"""Has processes started by torchrun agree on several things, and writes what each of them found.
 
 Run as ``torchrun ... agreeing.py OUT``; each process writes OUT/<rank>.json.
 """
@@ -23,7 +23,7 @@ def digest(tensors) -> str:
 
 
 def functions() -> dict:
-    """What the small functions answer where the processes give different things."""
+    """What the small functions return when the processes pass different values."""
     rank = distributed.rank()
     found = {
         "all_of": [distributed.all_of(own) for own in (True, False, rank == 0, rank == 1)],
@@ -40,7 +40,7 @@ def functions() -> dict:
 
 def statistics(task: Classification) -> dict:
     """Weights and BatchNorm statistics after two epochs, and what the statistics were before each step."""
-    torch.manual_seed(distributed.rank())  # process 0's weights are everybody's
+    torch.manual_seed(distributed.rank())  # all processes use the weights of process 0
     net, before = models.swrn(16, 1), []
     net.norm.register_forward_pre_hook(
         lambda norm, inputs: before.append(digest([norm.running_mean])) if norm.training else None
@@ -58,7 +58,7 @@ def statistics(task: Classification) -> dict:
 
 
 def compiled(task: Classification, failing: int) -> dict:
-    """A training whose compiler, a stand-in, fails in one process, or with -1 in none: what ran, how often, and was said."""
+    """Train with a stand-in compiler that fails in one process, or in none (-1): what ran, its warnings and the outcome."""
     runs = []
 
     class Compiled(nn.Module):
@@ -76,18 +76,18 @@ def compiled(task: Classification, failing: int) -> dict:
     torch.manual_seed(0)
     net = models.swrn(16, 1)
     settings = Settings(epochs=1, batch_size=26, rate=0.05, precision="float32", compile=True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = fit(net, task, settings, device="cpu", progress=False)
     torch.compile = compile
-    said = [str(warning.message) for warning in told if "torch.compile failed" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "torch.compile failed" in str(warning.message)]
     return {"runs": runs, "said": said, "outcome": history.execution["compiled"], "weights": digest(net.parameters())}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     train, test = (images.load("digits", split).shrunk(4) for split in ("train", "test"))
-    task = Classification(train.split(131)[0], test.split(50)[0])  # the last batch of five of 26 holds one image
+    task = Classification(train.split(131)[0], test.split(50)[0])  # five batches of 26, and a last one of one image
     with distributed.process_group(torch.device("cpu")):
         found = functions()
         found["statistics"] = statistics(task)

@@ -1,4 +1,4 @@
-"""A small task that real trainings take seconds for, and a network without batch statistics for it."""
+"""A small task on which real training takes seconds, and a network without batch statistics for it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Trains a small network in processes that are killed with SIGKILL, again and again, until one gets to the end.
+"""Trains a small network in processes that are killed with SIGKILL, again and again, until one finishes.
 
 Run as ``python interrupted.py FOLDER MODE SEED``. It imports torch once and forks, so that many kills take seconds, and
-prints one JSON line: digests of the weights with and without kills, how often a process was killed, and how far it had come
+prints one JSON line: digests of the weights with and without kills, how often a process was killed, and how far it had got
 each time.
 """
 
@@ -50,13 +50,13 @@ def train(folder: Path | None, ready: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def pause_at(place: str, write: int, told: int) -> None:
-    """Make the given write (from 1) say so at a place and then hang: "half" written, "flush"ed, or "renamed"."""
+def pause_at(place: str, write: int, notify: int) -> None:
+    """Make the given write (from 1) report when it is at a place, then hang: "half" written, "flush"ed, or "renamed"."""
     count = 0
 
     def hang(here: str) -> None:
         if here == place and count == write:
-            os.write(told, b"x")
+            os.write(notify, b"x")
             time.sleep(60)
 
     class Halves:
@@ -90,23 +90,23 @@ def pause_at(place: str, write: int, told: int) -> None:
 
 
 def killed(folder: Path, after: float, pause: tuple[str, int] | None) -> str | None:
-    """Train in a child and kill it; its digest if it got to the end first."""
-    result, say = os.pipe()
-    seen, told = os.pipe()
+    """Train in a child process and kill it; return its digest if it finished first."""
+    result, report = os.pipe()
+    notified, notify = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             if pause:
-                pause_at(*pause, told)
-            os.write(say, train(folder, told).encode())
+                pause_at(*pause, notify)
+            os.write(report, train(folder, notify).encode())
             os._exit(0)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
-    os.close(say)
-    os.read(seen, 1)  # data and model are there, the loop begins
+    os.close(report)
+    os.read(notified, 1)  # data and model are ready, training starts
     if pause:
-        os.read(seen, 1)
+        os.read(notified, 1)
     else:
         select.select([result], [], [], after)
     os.kill(child, signal.SIGKILL)
@@ -114,7 +114,7 @@ def killed(folder: Path, after: float, pause: tuple[str, int] | None) -> str | N
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise SystemExit("the training failed by itself")
     digest = os.read(result, 100).decode()
-    for pipe in (result, seen, told):
+    for pipe in (result, notified, notify):
         os.close(pipe)
     return digest or None
 

@@ -1,4 +1,4 @@
-"""Checkpoints under real faults: kills, damage, full disks, foreign files; runs that are taken up, in any precision."""
+"""Checkpoints under real faults: kills, damage, full disks, foreign files; runs that are resumed, in any precision."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path):
         "c": torch.arange(5, dtype=torch.uint8),
         "same": torch.ones(2),
     }
-    tensors["again"] = tensors["same"]  # tied weights stand in a state dict twice
+    tensors["again"] = tensors["same"]  # tied weights occur twice in a state dict
     path = write_checkpoint(tmp_path / "new" / "folder", 3, RUN, tensors, {"history": [{"loss": 0.1 + 0.2}]})
     identity, found, facts = read_checkpoint(path)
     assert identity == RUN and facts == {"history": [{"loss": 0.1 + 0.2}]} and set(found) == set(tensors)
@@ -87,9 +87,9 @@ def test_foreign_files_are_refused_by_name(tmp_path):
     stranger = tmp_path / "step-00000030-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors"
     stranger.write_bytes(b"not a checkpoint at all")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         assert newest_checkpoint(tmp_path, RUN)[0] == good
-    text = "\n".join(str(warning.message) for warning in told)
+    text = "\n".join(str(warning.message) for warning in caught)
     assert (
         other.name in text and 'run "b", here "a"' in text and "epochs 3, here null" in text and stranger.name in text
     )
@@ -101,7 +101,7 @@ def test_foreign_files_are_refused_by_name(tmp_path):
         read_checkpoint(tmp_path / "notes.txt")
 
 
-def test_a_safetensors_file_of_others_is_foreign(tmp_path):
+def test_a_safetensors_file_from_elsewhere_is_foreign(tmp_path):
     import hashlib
 
     from safetensors.torch import save
@@ -122,10 +122,10 @@ def test_pruning_keeps_the_newest_and_what_is_not_ours(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([other, second, third, later])
 
 
-# ------------------------------------------------------------------------------------------------- runs that are taken up
+# ---------------------------------------------------------------------------------------------------------- resuming runs
 
 
-def test_a_finished_run_is_taken_up_at_its_end(task, tmp_path):
+def test_a_finished_run_resumes_at_its_end(task, tmp_path):
     settings = Settings(epochs=2, batch_size=20, rate=0.05)
     nets = [models.swrn(16, 1) for _ in range(2)]
     recorders = [softshare.SimilarityRecorder() for _ in nets]
@@ -176,7 +176,7 @@ def other_images(task):
     ],
     ids=["images", "augmentation", "dropout", "callbacks"],
 )
-def test_what_no_shape_tells_apart_is_told_apart(task, tmp_path, change):
+def test_runs_that_differ_in_no_shape_are_distinguished(task, tmp_path, change):
     settings = Settings(epochs=1, batch_size=30, rate=0.05)
     fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path)
     changed = change(task)
@@ -189,7 +189,7 @@ def test_what_no_shape_tells_apart_is_told_apart(task, tmp_path, change):
         fit(model, other, settings, changed.get("callbacks", ()), progress=False, checkpoints=tmp_path)
 
 
-def test_a_disk_that_cannot_be_read_now_costs_nothing(task, tmp_path, monkeypatch):
+def test_a_temporarily_unreadable_disk_costs_nothing(task, tmp_path, monkeypatch):
     settings = Settings(epochs=2, batch_size=30, rate=0.05)
     fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=tmp_path, checkpoint_seconds=0)
     before = sorted(tmp_path.iterdir())
@@ -217,8 +217,8 @@ def test_a_whole_checkpoint_that_lacks_something_is_refused_by_name(task, tmp_pa
             fit(models.swrn(16, 1), task, settings, progress=False, checkpoints=folder)
 
 
-def test_the_scaler_goes_on_where_it_was(task, tmp_path, monkeypatch):
-    """Its scale falls while gradients overflow at the start; begun anew, it would skip those steps again."""
+def test_the_scaler_resumes_where_it_was(task, tmp_path, monkeypatch):
+    """Its scale falls while gradients overflow at the start; a fresh scaler would skip those steps again."""
     scaler = torch.amp.GradScaler
     start = {"init_scale": 2.0**40}
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, **start))
@@ -257,7 +257,7 @@ def test_a_resumed_epoch_keeps_its_time_and_is_evaluated_as_planned(task, tmp_pa
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_run_stopped_by_an_error_goes_on_to_the_same_weights(task, tmp_path, optimizer, precision, monkeypatch):
+def test_a_run_stopped_by_an_error_resumes_to_the_same_weights(task, tmp_path, optimizer, precision, monkeypatch):
     """In the middle of an epoch, with a gradient scaler and with Adam's own tensors."""
     settings = Settings(epochs=3, batch_size=20, rate=0.01, optimizer=optimizer, precision=precision, penalty=0.01)
     net = models.swrn(16, 1, dropout=0.2)
@@ -280,7 +280,7 @@ def test_a_run_stopped_by_an_error_goes_on_to_the_same_weights(task, tmp_path, o
     with pytest.raises(Stop):
         fit(other, task, settings, **arguments)
     assert any(path.name.startswith("step-00000008") for path in tmp_path.iterdir())
-    again = models.swrn(16, 1, dropout=0.2)  # of other initial weights
+    again = models.swrn(16, 1, dropout=0.2)  # with other initial weights
     history = fit(again, task, settings, **arguments)
     assert len(history) == 3
     for name, value in net.state_dict().items():
@@ -291,7 +291,7 @@ def test_a_run_stopped_by_an_error_goes_on_to_the_same_weights(task, tmp_path, o
 
 
 def stopped(net, task, settings, folder, after):
-    """Train until an epoch is over, and stop there, with a checkpoint of what comes before its end."""
+    """Train until an epoch is over, and stop there, with a checkpoint from before its end."""
 
     def stop(model, epoch):
         if epoch == after:
@@ -301,8 +301,8 @@ def stopped(net, task, settings, folder, after):
         fit(net, task, settings, [stop], "cpu", progress=False, checkpoints=folder, checkpoint_seconds=0)
 
 
-def test_another_precision_takes_a_checkpoint_up_and_says_so(task, tmp_path):
-    """What decides the outcome is the schedule; how it is carried out is told in the record, process by process."""
+def test_another_precision_resumes_from_a_checkpoint_with_a_warning(task, tmp_path):
+    """The schedule decides the outcome; the record notes how each process carried it out."""
     settings = [
         Settings(epochs=4, batch_size=30, rate=0.05, precision=precision)
         for precision in ("float32", "bfloat16", "bfloat16")
@@ -314,7 +314,7 @@ def test_another_precision_takes_a_checkpoint_up_and_says_so(task, tmp_path):
     ):
         stopped(models.swrn(16, 1), task, settings[1], tmp_path, after=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it went on in bfloat16 already
+        warnings.simplefilter("error")  # it already resumed in bfloat16
         history = fit(models.swrn(16, 1), task, settings[2], (), "cpu", progress=False, checkpoints=tmp_path)
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     found = history.execution
@@ -324,15 +324,15 @@ def test_another_precision_takes_a_checkpoint_up_and_says_so(task, tmp_path):
     ]
     assert all({"hardware", "revision", "date", "compiled"} <= set(each) for each in found["earlier"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a finished run is told as it was, whoever asks
+        warnings.simplefilter("error")  # a finished run is reported as it was, whatever is asked for now
         again = fit(models.swrn(16, 1), task, settings[0], (), "cpu", progress=False, checkpoints=tmp_path)
-    told = dict(again.execution)
-    assert told.pop("measured by")["precision"] == "float32"
-    assert again == history and told == found
+    reported = dict(again.execution)
+    assert reported.pop("measured by")["precision"] == "float32"
+    assert again == history and reported == found
 
 
-def test_the_precision_of_a_run_that_goes_on_changes_its_weights(task, tmp_path):
-    """It is not for nothing that it is told."""
+def test_the_precision_of_a_resumed_run_changes_its_weights(task, tmp_path):
+    """This is why the precision is reported."""
     ends = []
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -347,7 +347,7 @@ def test_the_precision_of_a_run_that_goes_on_changes_its_weights(task, tmp_path)
     assert not torch.equal(*ends)
 
 
-def test_the_rest_of_the_execution_tells_no_runs_apart(task, tmp_path):
+def test_the_rest_of_the_execution_does_not_distinguish_runs(task, tmp_path):
     start = {"epochs": 2, "batch_size": 30, "rate": 0.05}
     stopped(models.swrn(16, 1), task, Settings(**start, channels_last=True, tf32=True), tmp_path, after=1)
     with warnings.catch_warnings():
@@ -392,7 +392,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(task, tiny_disk):
-    net = models.swrn(16, 1)  # about 1.4 MB a checkpoint
+    net = models.swrn(16, 1)  # about 1.4 MB per checkpoint
     settings = Settings(epochs=2, batch_size=20, rate=0.05)
 
     def fill(model, epoch):

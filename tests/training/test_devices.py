@@ -14,14 +14,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_named(task, small_net):
+def test_a_missing_gpu_is_named(task, small_net):
     with pytest.raises(RuntimeError, match="no CUDA GPU"):
         fit(small_net(), task, Settings(epochs=1), device="cuda", progress=False)
     with pytest.raises(NoSuchDevice, match="'cuda:1' was requested"):
         pick_device("cuda:1")
 
 
-def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+def test_the_device_is_a_gpu_if_available(monkeypatch):
     assert pick_device("cpu") == CPU == pick_device(CPU)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -48,14 +48,14 @@ def test_auto_on_a_gpu(monkeypatch, capability, expected):
 
 
 def test_auto_is_what_the_option_says(request):
-    """``pytest --auto float32`` and ``--auto bfloat16``: the tests as on machines of either kind."""
+    """``pytest --auto float32`` and ``--auto bfloat16`` run the tests as on machines of either kind."""
     suits = "bfloat16" if bfloat16_pays() else "float32"
     assert precision_name(pick_precision("auto", CPU)) == (request.config.getoption("auto") or suits)
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_precision_that_is_named_is_taken(name, device):
+def test_a_named_precision_is_used(name, device):
     assert precision_name(pick_precision(name, device)) == name
 
 
@@ -66,7 +66,7 @@ def test_products_under_autocast(name):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
 
 
-def test_kernels_of_convolutions_are_looked_for_and_settings_restored():
+def test_convolution_kernels_are_searched_for_and_settings_restored():
     def flags():
         return torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
 

@@ -1,4 +1,4 @@
-"""Several processes that train together: as one, with one opinion, and through the loss of one of them."""
+"""Several processes that train together: as one, in agreement, and despite the loss of one of them."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ def test_two_processes_train_as_one_and_survive_a_killed_worker(tmp_path):
         torch.testing.assert_close(
             torch.tensor(found["coefficients"]), torch.tensor(alone["coefficients"]), rtol=1e-4, atol=1e-6
         )
-    assert pair[0]["digest"] == pair[1]["digest"]  # weights and templates stay in step, to the bit
+    assert pair[0]["digest"] == pair[1]["digest"]  # weights and templates stay equal, to the bit
     assert pair[0]["losses"] == pair[1]["losses"] and pair[0]["accuracy"] == pair[1]["accuracy"]
     assert not list(tmp_path.glob("pair-checkpoints/*.part"))
 
-    # Where processes see different folders, all of them stop before a step is taken.
+    # If processes see different folders, all of them stop before taking a step.
     script = [str(HERE / "together.py"), str(tmp_path / "apart"), str(tmp_path / "pair-checkpoints"), "-1"]
     done = torchrun(2, *script)
-    assert done.returncode != 0 and "do not agree on the epoch and step to go on at" in done.stderr
+    assert done.returncode != 0 and "do not agree on the epoch and step to resume at" in done.stderr
 
     killed = together(tmp_path, "killed", 2, kill=3)
-    assert [found["life"] for found in killed] == [1, 1]  # both were started again
+    assert [found["life"] for found in killed] == [1, 1]  # both were restarted
     assert [found["digest"] for found in killed] == [found["digest"] for found in pair]
     assert killed[0]["losses"] == pair[0]["losses"]
 
@@ -102,7 +102,7 @@ def agreed(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_every_process_hears_what_all_of_them_say(agreed):
+def test_every_process_gets_what_all_of_them_contribute(agreed):
     for found in agreed:
         assert found["all_of"] == [True, False, False, False]
         assert found["gathered"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 1001}]
@@ -111,8 +111,8 @@ def test_every_process_hears_what_all_of_them_say(agreed):
 
 
 @pytest.mark.long
-def test_statistics_are_each_processs_own_in_an_epoch_and_everybodys_after_it(agreed):
-    """BatchNorm statistics are not handed round at every step, which would cost time; at the end of an epoch they are."""
+def test_statistics_differ_between_processes_within_an_epoch_and_agree_after_it(agreed):
+    """BatchNorm statistics are synchronised at the end of an epoch, not at every step, which would cost time."""
     first, second = (found["statistics"] for found in agreed)
     assert first["weights"] == second["weights"] and first["buffers"] == second["buffers"]
     assert first["losses"] == second["losses"] and first["accuracy"] == second["accuracy"]
@@ -122,7 +122,7 @@ def test_statistics_are_each_processs_own_in_an_epoch_and_everybodys_after_it(ag
 
 
 @pytest.mark.long
-def test_the_record_tells_of_every_process(agreed):
+def test_the_record_covers_every_process(agreed):
     for found in agreed:
         execution = found["statistics"]["execution"]
         assert execution["processes"] == 2 and len(execution["others"]) == 1
@@ -149,8 +149,8 @@ def test_all_processes_use_the_compiled_model_or_none(agreed):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """A function that sets the variables of a launcher, and no others of its kind."""
+def set_launcher(monkeypatch):
+    """A function that sets the given variables of a launcher and unsets the others."""
 
     def set_variables(**variables):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -162,16 +162,16 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "", "WORLD_SIZE": ""}])
-def test_a_rank_alone_is_not_torchrun(launched, variables, recwarn):
-    """The number of an array job, or a leftover: this process trains, writes and reports."""
-    launched(**variables)
+def test_a_rank_alone_is_not_torchrun(set_launcher, variables, recwarn):
+    """It may be the number of an array job, or a leftover: this process trains, writes and reports."""
+    set_launcher(**variables)
     assert distributed.rank() == 0 and len(recwarn) == 0
     with distributed.process_group(torch.device("cpu")):
         assert distributed.world_size() == 1
 
 
-def test_a_rank_that_is_no_number_is_named_and_ignored(launched):
-    launched(RANK="senior")
+def test_a_rank_that_is_not_a_number_is_named_and_ignored(set_launcher):
+    set_launcher(RANK="senior")
     with pytest.warns(UserWarning, match="ignored: RANK is 'senior', not a number"):
         assert distributed.rank() == 0
 
@@ -181,30 +181,30 @@ def test_a_rank_that_is_no_number_is_named_and_ignored(launched):
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, as torchrun sets it, got 'two'"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE must be a whole number"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, .*RANK and MASTER_ADDR and MASTER_PORT not set.*unset WORLD_SIZE"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "but MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, .* without RANK and MASTER_ADDR and MASTER_PORT;.*unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "find each other without MASTER_PORT;"),
         ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a whole number.*'x'"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK 2 must be below WORLD_SIZE 2"),
     ],
 )
-def test_several_processes_that_cannot_find_each_other_are_an_error(launched, variables, message):
-    """Each would train alone and write over the others' files."""
-    launched(**variables)
+def test_several_processes_that_cannot_find_each_other_are_an_error(set_launcher, variables, message):
+    """Each would train alone and overwrite the others' files."""
+    set_launcher(**variables)
     for call in (distributed.rank, lambda: distributed.process_group(torch.device("cpu")).__enter__()):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_a_process_without_a_gpu_of_its_own_is_told(launched, monkeypatch):
-    launched(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+def test_a_process_without_its_own_gpu_is_an_error(set_launcher, monkeypatch):
+    set_launcher(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(distributed.NoSuchDevice, match=r"process 1 .*LOCAL_RANK.* but there are 1"):
         distributed.process_group(torch.device("cuda")).__enter__()
 
 
 @pytest.mark.long
-def test_sharding_the_whole_model_works_and_sharding_blocks_says_so(tmp_path):
-    """`fully_shard` keeps a part of each parameter in each process, and gathers a block's for the time of its pass."""
+def test_sharding_the_whole_model_works_and_sharding_blocks_is_an_error(tmp_path):
+    """`fully_shard` keeps a part of each parameter in each process, and gathers those of a block for its pass."""
     done = torchrun(2, str(HERE / "sharded.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):

@@ -58,7 +58,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_a_record_says_whether_the_package_was_changed(checkout):
-    """Records beside the package do not make it dirty, a changed module does."""
+    """Records next to the package do not make it dirty, but a changed module does."""
     top, git = checkout
     git("init", "-q")
     git("add", ".")
@@ -83,7 +83,7 @@ def test_a_record_says_whether_the_package_was_changed(checkout):
         ("abc123+changes", "abc123", True),
     ],
 )
-def test_where_there_is_no_git_the_environment_names_the_revision(checkout, monkeypatch, given, revision, dirty):
+def test_without_git_the_environment_names_the_revision(checkout, monkeypatch, given, revision, dirty):
     if given is not None:
         monkeypatch.setenv(REVISION, given)
     found = environment()
@@ -91,13 +91,13 @@ def test_where_there_is_no_git_the_environment_names_the_revision(checkout, monk
 
 
 @pytest.mark.parametrize("given", ["v1.0", "abc", "abc123-dirty", "+changes"])
-def test_a_revision_that_is_no_commit_is_refused_before_a_run(checkout, monkeypatch, given):
+def test_a_revision_that_is_not_a_commit_is_refused_before_a_run(checkout, monkeypatch, given):
     monkeypatch.setenv(REVISION, given)
     with pytest.raises(ValueError, match=f"SOFTSHARE_REVISION must be a commit, .* got '{re.escape(given)}'"):
         environment()
 
 
-def test_git_knows_better_than_the_environment(checkout, monkeypatch):
+def test_git_takes_precedence_over_the_environment(checkout, monkeypatch):
     _, git = checkout
     git("init", "-q")
     git("add", ".")
@@ -108,8 +108,8 @@ def test_git_knows_better_than_the_environment(checkout, monkeypatch):
     assert environment()["revision"] == "abc123" and environment()["dirty"] is True
 
 
-def test_a_copy_that_git_does_not_know_is_what_its_bringer_says(checkout, monkeypatch):
-    """Files brought up to date by other means than git: its commit is an older one, and everything looks changed."""
+def test_for_a_copy_unknown_to_git_the_environment_takes_precedence(checkout, monkeypatch):
+    """If files are updated by other means than git, its commit is outdated and everything looks changed."""
     top, git = checkout
     git("init", "-q")
     git("add", ".")
@@ -119,7 +119,7 @@ def test_a_copy_that_git_does_not_know_is_what_its_bringer_says(checkout, monkey
     assert environment()["revision"] == "abc123" and environment()["dirty"] is False
 
 
-def test_the_commit_of_somebody_elses_repository_is_not_ours(checkout):
+def test_the_commit_of_another_repository_is_not_ours(checkout):
     top, git = checkout
     git("init", "-q", at=top.parent)
     git("add", ".", at=top.parent)
@@ -133,14 +133,14 @@ def test_an_installed_package_has_no_revision(tmp_path, monkeypatch):
     assert environment()["revision"] is None and environment()["dirty"] is None
 
 
-# -------------------------------------------------------------------------------------------------- process after process
+# ---------------------------------------------------------------------------------------------- one process after another
 
 
 def execution(precision):
     return Execution(torch.device("cpu"), Settings(epochs=1, precision=precision))
 
 
-def test_one_process_is_told_as_it_is():
+def test_a_single_process_is_recorded_as_it_is():
     found = execution("bfloat16")
     assert found.record() == found.now == found.states()[0] and len(found.states()) == 1
     assert {**environment(), "date": found.now["date"]}.items() <= found.now.items()
@@ -148,40 +148,40 @@ def test_one_process_is_told_as_it_is():
     assert json.loads(json.dumps(found.record())) == found.record()
 
 
-def test_earlier_processes_are_told_in_their_order():
+def test_earlier_processes_are_recorded_in_their_order():
     first = execution("float32")
     second = execution("float32")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second.follow(first.states())
     third = execution("float32")
-    third.follow(json.loads(json.dumps(second.states())))  # by way of a checkpoint
+    third.follow(json.loads(json.dumps(second.states())))  # through a checkpoint
     assert third.record() == {**third.now, "earlier": [first.now, second.now]}
     assert third.states() == [first.now, second.now, third.now]
 
 
 @pytest.mark.parametrize("precisions", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_another_precision_than_that_of_the_last_process_is_warned_of(precisions):
+def test_another_precision_than_in_the_last_process_warns(precisions):
     first, second = map(execution, precisions)
     said = f"the checkpoint was written in {precisions[0]}, and training resumes in {precisions[1]}"
     with pytest.warns(UserWarning, match=said):
         second.follow(first.states())
     third = execution(precisions[1])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the last one's was the same
+        warnings.simplefilter("error")  # the last process had the same precision
         third.follow(second.states())
     assert [each["precision"] for each in third.states()] == [precisions[0], precisions[1], precisions[1]]
 
 
-def test_who_only_measured_is_told_beside_those_who_trained():
+def test_a_process_that_only_measured_is_recorded_next_to_those_that_trained():
     first, second = execution("float32"), execution("bfloat16")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing goes on
+        warnings.simplefilter("error")  # nothing is resumed
         second.finished(json.loads(json.dumps(first.states())))
     assert second.record() == {**first.now, "measured by": second.after} and second.after["precision"] == "bfloat16"
 
 
-def test_what_became_of_compiling_is_told_of_all_processes(monkeypatch):
+def test_the_outcome_of_compiling_is_recorded_for_all_processes(monkeypatch):
     monkeypatch.setattr("softshare.training.distributed.gathered", lambda own: [dict(own), dict(own)])
     found = execution("float32")
     found.compiled("failed")

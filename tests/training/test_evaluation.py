@@ -1,4 +1,4 @@
-"""Scores against a plain loop, and BatchNorm statistics that are estimated anew."""
+"""Scores against a plain loop, and re-estimated BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_network_is_scored_in_the_precision_in_which_it_was_trained(task, smal
 
 def test_evaluation_leaves_mode_and_statistics_alone(task):
     net = models.wrn(10, 1).train()
-    net.stage2.eval()  # held, as in fine-tuning
+    net.stage2.eval()  # frozen, as in fine-tuning
     modes = {name: module.training for name, module in net.named_modules()}
     before = copy.deepcopy(net.state_dict())
     evaluate(net, task)
@@ -56,7 +56,7 @@ def test_modes_are_restored_after_an_error(task):
     assert net.training
 
 
-# ------------------------------------------------------------------------------------------------- statistics of BatchNorm
+# ---------------------------------------------------------------------------------------------------- BatchNorm statistics
 
 
 def test_statistics_are_the_mean_over_batches():
@@ -72,7 +72,7 @@ def test_statistics_are_the_mean_over_batches():
     assert found[1].momentum == net[1].momentum == 0.1
 
 
-def test_statistics_of_before_do_not_count_and_the_original_stays(task):
+def test_earlier_statistics_do_not_count_and_the_original_stays(task):
     net = models.swrn(16, 1).train()
     before = copy.deepcopy(net.state_dict())
     inputs = torch.randn(20, 3, 8, 8)
@@ -90,7 +90,7 @@ def test_statistics_of_before_do_not_count_and_the_original_stays(task):
     assert softshare.banks(first)["stage1"] is not softshare.banks(net)["stage1"]
 
 
-def test_statistics_of_a_fold_below_one_bring_its_scores_back(task):
+def test_reestimated_statistics_restore_the_scores_of_a_fold_below_one(task):
     """What re-estimation is for: after a fold the running statistics describe weights that are gone."""
     net = models.swrn(22, 1, 2)
     fit(net, task, Settings(epochs=10, batch_size=20, rate=0.05), progress=False)

@@ -141,8 +141,8 @@ def test_the_history_says_how_the_run_was_carried_out(task, small_net, precision
     assert json.loads(json.dumps(found)) == found
 
 
-def test_auto_is_said_as_what_it_was(task, small_net):
-    """A record of a run with the precision that suits the machine names the one that it was."""
+def test_auto_is_recorded_as_the_precision_used(task, small_net):
+    """If "auto" chooses the precision that suits the machine, the record names that precision."""
     expected = softshare.training.pick_precision("auto", torch.device("cpu"))
     history = fit(small_net(), task, Settings(epochs=1), progress=False, device="cpu")
     assert history.execution["precision"] == str(expected).removeprefix("torch.")
@@ -163,8 +163,8 @@ def test_the_model_is_left_in_evaluation_mode(task):
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"model": "SWRN 16-1"}, TypeError, "a torch.nn.Module and Settings, got str, Settings"),
-        ({"settings": {"epochs": 1}}, TypeError, "a torch.nn.Module and Settings, got Sequential, dict"),
+        ({"model": "SWRN 16-1"}, TypeError, "a torch.nn.Module, .* and Settings, got str, Classification, Settings"),
+        ({"settings": {"epochs": 1}}, TypeError, "got Sequential, Classification, dict"),
         ({"checkpoint_seconds": -1}, ValueError, "checkpoint_seconds must be at least 0, got -1"),
         ({"checkpoint_seconds": float("nan")}, ValueError, "checkpoint_seconds"),
     ],
@@ -174,7 +174,7 @@ def test_bad_arguments_are_refused(task, small_net, change, error, says):
         fit(**{"model": small_net(), "task": task, "settings": Settings(epochs=1)} | change)
 
 
-# ------------------------------------------------------------------------------- models and settings of the world around us
+# ----------------------------------------------------------------------------------------- models and settings from outside
 
 
 class Wrapped(torch.nn.Module):
@@ -198,7 +198,7 @@ ONE = Settings(epochs=1, batch_size=50, precision="float32")
 
 
 @pytest.mark.parametrize("outputs", [lambda found: {"logits": found}, lambda found: (found, found), lambda found: None])
-def test_outputs_that_are_no_tensor_are_named(task, outputs):
+def test_outputs_that_are_not_tensors_are_named(task, outputs):
     model = Wrapped(outputs)
     with pytest.raises(TypeError, match="outputs must be one tensor, .* got (dict|tuple|NoneType); wrap the model"):
         fit(model, task, ONE, progress=False)
@@ -274,7 +274,7 @@ def test_training_works_inside_inference_mode_and_without_gradients(task, small_
 
 @pytest.fixture
 def odd_defaults():
-    """A program that has set PyTorch's defaults to what nobody expects; a device on which nothing has a value."""
+    """A program with unusual PyTorch defaults: float64, and a device on which nothing has a value."""
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     yield
@@ -296,3 +296,37 @@ def test_defaults_of_pytorch_change_nothing(task, small_net, odd_defaults, tmp_p
     for mine, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, other) and mine.dtype is torch.float32
     assert torch.equal(softshare.similarity.initial_similarity(4, 2, draws=5), similar)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(3)
+    softshare.share_(first, 2)
+    torch.set_default_device(None)
+    torch.manual_seed(3)
+    softshare.share_(second, 2)
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("given", ["digits", "a loader", None])
+def test_anything_but_a_task_is_named(digits, small_net, given):
+    other = {"digits": digits[0], "a loader": torch.utils.data.DataLoader(digits[0].labels), None: None}[given]
+    with pytest.raises(
+        TypeError, match="a task such as Classification.* got Sequential, (ImageSet|DataLoader|NoneType)"
+    ):
+        fit(small_net(), other, ONE, progress=False)
+
+
+@pytest.mark.parametrize("callback", [softshare.SimilarityRecorder, "recorder", 3])
+def test_callbacks_that_cannot_be_called_are_named(task, small_net, callback):
+    with pytest.raises(
+        TypeError, match=r"callbacks must be functions or instances such as SimilarityRecorder\(\), got"
+    ):
+        fit(small_net(), task, ONE, [callback], progress=False)
+
+
+def test_an_unwritable_folder_for_checkpoints_is_an_error_before_training(task, small_net, tmp_path):
+    """After a crash, hours later, it would be too late to find that there are no checkpoints."""
+    (tmp_path / "a file").write_text("x")
+    called = []
+    with pytest.raises(OSError, match="nothing can be written to the folder .*a file"):
+        fit(small_net(), task, ONE, [lambda *_: called.append(1)], progress=False, checkpoints=tmp_path / "a file")
+    assert not called

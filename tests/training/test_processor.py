@@ -22,19 +22,19 @@ def test_a_given_setting_is_kept(tmp_path, monkeypatch):
 
 
 def test_bfloat16_products_survive_after_the_import():
-    """The crash that the check is for kills the interpreter, so it is looked for in another one."""
+    """The crash that the check prevents kills the interpreter, so another one is started to look for it."""
     code = "import softshare, torch; torch.ones(128, 256).bfloat16() @ torch.ones(256, 256).bfloat16()"
     clean = {name: value for name, value in os.environ.items() if name != VARIABLE}
     assert subprocess.run([sys.executable, "-c", code], env=clean, timeout=120).returncode == 0
 
 
 @pytest.fixture
-def announced(monkeypatch):
-    """A machine that announces AMX, and a function that says how a process that tries it ends; yields the processes."""
+def amx_machine(monkeypatch):
+    """A machine that announces AMX: a function that sets how a process trying it ends, and returns such processes."""
     tried = []
     read = processor.Path.read_text
 
-    def told(path, **how):
+    def fake_read(path, **how):
         if str(path) == "/proc/cpuinfo":
             return "model name : A processor: fast\nflags : sse amx_bf16 amx_tile\n"
         return "1234\n" if path.name == "boot_id" else read(path, **how)
@@ -51,45 +51,45 @@ def announced(monkeypatch):
         monkeypatch.setattr(processor.subprocess, "run", run)
         return tried
 
-    monkeypatch.setenv(VARIABLE, "")  # so that it is put back at the end
+    monkeypatch.setenv(VARIABLE, "")  # so that it is restored at the end
     monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
     monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(processor.Path, "read_text", told)
+    monkeypatch.setattr(processor.Path, "read_text", fake_read)
     return ends
 
 
 @pytest.mark.parametrize(
     ("status", "crashes"), [(-4, True), (-11, True), (0, False), (1, False), (-9, False)]
-)  # killed by SIGILL or SIGSEGV; fine; an error; killed by another
-def test_the_check_works_without_a_place_to_remember(announced, status, crashes):
-    announced(status)
+)  # killed by SIGILL or SIGSEGV; success; an error; killed otherwise
+def test_the_check_works_without_a_place_to_remember(amx_machine, status, crashes):
+    amx_machine(status)
     assert avoid_crashing_units(processor.Path("/proc/nowhere")) is crashes
     assert os.environ.get(VARIABLE) == ("AVX512_CORE_BF16" if crashes else None)
 
 
-def test_the_outcome_is_remembered_and_tried_again_if_it_cannot_be_read(announced, tmp_path):
+def test_the_outcome_is_remembered_and_tried_again_if_it_cannot_be_read(amx_machine, tmp_path):
     for status, crashes in ((-4, True), (0, True)):  # the second is not tried
-        tried = announced(status)
+        tried = amx_machine(status)
         assert avoid_crashing_units(tmp_path) is crashes and len(tried) == 1
     (kept,) = tmp_path.iterdir()
     kept.write_text("who knows")
-    announced(0)
+    amx_machine(0)
     assert avoid_crashing_units(tmp_path) is False and len(tried) == 2 and kept.read_text() == "works\n"
 
 
 @pytest.mark.parametrize("status", [1, 127, -9, -15])
-def test_only_success_counts_as_working(announced, tmp_path, status):
-    """Whatever else ends the probe says nothing of the units, and is not remembered."""
-    announced(status)
+def test_only_success_counts_as_working(amx_machine, tmp_path, status):
+    """Any other end of the probe says nothing about the units, and is not remembered."""
+    amx_machine(status)
     assert avoid_crashing_units(tmp_path) is False and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "executable", [None, "", "/opt/blender/blender", "/usr/bin/uwsgi", "C:\\apps\\Editor.exe", "./app"]
 )
-def test_what_is_no_interpreter_is_not_started(announced, tmp_path, monkeypatch, executable):
-    """An application would start itself, and that one itself, without end."""
-    tried = announced(-4)
+def test_anything_but_an_interpreter_is_not_started(amx_machine, tmp_path, monkeypatch, executable):
+    """An application would start itself again and again, without end."""
+    tried = amx_machine(-4)
     monkeypatch.setattr(processor.sys, "executable", executable)
     assert interpreter() is None
     assert avoid_crashing_units(tmp_path) is False and not tried and not list(tmp_path.iterdir())
@@ -103,15 +103,15 @@ def test_names_of_interpreters(monkeypatch, name):
     assert interpreter() is None
 
 
-def test_a_probe_starts_no_other(announced, tmp_path, monkeypatch):
-    """Where the site's start-up files import softshare, the probe does as well."""
-    tried = announced(-4)
+def test_a_probe_does_not_start_another(amx_machine, tmp_path, monkeypatch):
+    """If the site's start-up files import softshare, the probe does as well."""
+    tried = amx_machine(-4)
     monkeypatch.setenv("SOFTSHARE_PROBING", "1")
     assert avoid_crashing_units(tmp_path) is False and not tried
 
 
-def test_a_check_that_does_not_end_changes_nothing(announced, tmp_path):
-    announced(None)
+def test_a_check_that_does_not_end_changes_nothing(amx_machine, tmp_path):
+    amx_machine(None)
     assert avoid_crashing_units(tmp_path) is False
     assert VARIABLE not in os.environ and not list(tmp_path.iterdir())
 
@@ -122,7 +122,7 @@ def test_a_check_that_does_not_end_changes_nothing(announced, tmp_path):
         (True, True, None, True),
         (True, True, "AVX512_CORE_BF16", False),  # Intel's dot products alone are as fast as float32
         (True, True, "AVX512_CORE_AMX", True),
-        (True, True, "AVX2", False),  # somebody else's limit counts, too
+        (True, True, "AVX2", False),  # a limit set by somebody else counts, too
         (False, True, None, True),  # AMD
         (False, True, "AVX2", False),
         (False, True, "avx512_core_bf16", True),
@@ -143,6 +143,6 @@ def test_where_bfloat16_pays(monkeypatch, amx, dots, setting, expected):
     assert bfloat16_pays() is expected
 
 
-def test_the_name_of_the_processor(announced):
-    announced(0)
+def test_the_name_of_the_processor(amx_machine):
+    amx_machine(0)
     assert processor_name() == "A processor: fast"

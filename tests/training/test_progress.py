@@ -1,4 +1,4 @@
-"""What a training shows of itself: on a terminal, in a log, and while an epoch is long."""
+"""What a training displays: on a terminal, in a log, and during a long epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_display_shows_epoch_loss_speed_and_time_left(task, capsys, monkeypatch,
     assert "a run epoch 1/1: loss " in (text := capsys.readouterr().out) and "/s" in text and "s left" in text
 
 
-def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch, small_net):
+def test_a_long_epoch_shows_how_far_it_is(task, capsys, monkeypatch, small_net):
     clock = iter(range(0, 100_000, 40))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
@@ -27,7 +27,7 @@ def test_a_long_epoch_says_how_far_it_is(task, capsys, monkeypatch, small_net):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, which a test sets: a list of one number of seconds."""
+    """The time as set by a test: a list of one number, in seconds."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
@@ -49,8 +49,8 @@ def test_lines_come_at_most_once_a_second_and_at_the_end(clock, capsys):
     assert last == "short epoch 4/4: loss 1.250, accuracy 87.5, 20/s, 0 s left"
 
 
-def test_time_left_is_that_of_what_this_process_has_done(clock, capsys):
-    """A run that is taken up at half does not count the other half, which took no time here."""
+def test_time_left_is_estimated_from_what_this_process_has_done(clock, capsys):
+    """A run resumed halfway does not count the first half, which took no time here."""
     display = Progress("again", epochs=10, size=100, shown=True)
     display.begin_at(500)
     clock[0] = 30.0
@@ -59,7 +59,7 @@ def test_time_left_is_that_of_what_this_process_has_done(clock, capsys):
     assert capsys.readouterr().out == "again epoch 6/10: loss 1.250, 20/s, 0:02:00 left\n"
 
 
-def test_what_is_not_to_be_shown_is_not_shown(clock, capsys):
+def test_nothing_is_shown_if_not_wanted(clock, capsys):
     display = Progress("quiet", epochs=1, size=10, shown=False)
     display.say("something")
     display.add(10)
@@ -85,7 +85,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 
 class Tee:
-    """What some programs put in the place of sys.stderr."""
+    """What some programs put in place of sys.stderr."""
 
     def write(self, text):
         return len(text)
@@ -95,14 +95,16 @@ class Tee:
 
 
 @pytest.mark.parametrize("stream", [Tee(), None])
-def test_a_stream_that_does_not_know_whether_it_is_a_terminal_is_none(task, capsys, monkeypatch, small_net, stream):
+def test_a_stream_that_cannot_tell_whether_it_is_a_terminal_counts_as_none(
+    task, capsys, monkeypatch, small_net, stream
+):
     monkeypatch.setattr(progress.sys, "stderr", stream)
     fit(small_net(), task, Settings(epochs=1), title="a run")
     assert "a run epoch 1/1: loss " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
-def test_letters_that_the_terminal_does_not_know_do_not_end_a_training(task, monkeypatch, small_net, encoding):
+def test_characters_that_the_terminal_cannot_show_do_not_stop_training(task, monkeypatch, small_net, encoding):
     written = io.BytesIO()
     monkeypatch.setattr(progress.sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)

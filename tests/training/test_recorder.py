@@ -69,7 +69,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, damage):
         SimilarityRecorder.load(path)
 
 
-def test_a_missing_record_is_missing(tmp_path):
+def test_a_missing_record_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         SimilarityRecorder.load(tmp_path / "none.npz")
 
@@ -87,7 +87,7 @@ def test_snapshots_are_dense_in_the_first_epochs_only(task, small_net):
     net = small_net()
     softshare.share_(net, 2)
     recorder = softshare.SimilarityRecorder(dense_epochs=1, per_epoch=4)
-    fit(net, task, Settings(epochs=2, batch_size=10, rate=0.01), [recorder], progress=False)  # 20 steps an epoch
+    fit(net, task, Settings(epochs=2, batch_size=10, rate=0.01), [recorder], progress=False)  # 20 steps per epoch
     assert recorder.steps == pytest.approx([0, 0.25, 0.5, 0.75, 1, 2])
     again = softshare.SimilarityRecorder()
     again.load_state_dict(recorder.state_dict())

@@ -1,4 +1,4 @@
-"""Settings: the schedule, which decides the outcome, told apart from the execution; rates; what is refused."""
+"""Settings: the schedule, which decides the outcome, as distinct from the execution; rates; what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_schedule_is_json_and_holds_nothing_of_the_execution():
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Schedule)])
-def test_every_part_of_the_schedule_tells_runs_apart(name):
+def test_every_part_of_the_schedule_distinguishes_runs(name):
     start = Settings(epochs=2)
     other = {"optimizer": "adam", "milestones": (0.1,)}.get(name) or getattr(start, name) + 1
     assert dataclasses.replace(start, **{name: other}).schedule() != start.schedule()
@@ -66,7 +66,7 @@ def test_rates_by_hand(epochs, cycle, milestones, factor):
     assert [settings.rate_of(epoch) for epoch in range(epochs)] == pytest.approx(expected)
 
 
-def test_rates_begin_again_with_each_cycle():
+def test_rates_restart_with_each_cycle():
     settings = Settings(epochs=12, rate=1.0, milestones=(0.5, 0.75), factor=0.1, cycle=4)
     assert [settings.rate_of(epoch) for epoch in range(12)] == pytest.approx([1.0, 1.0, 0.1, 0.01] * 3)
     without = dataclasses.replace(settings, cycle=0)
@@ -75,7 +75,7 @@ def test_rates_begin_again_with_each_cycle():
     assert beyond.rate_of(1) == 1.0
 
 
-def test_numbers_of_numpy_become_plain_ones():
+def test_numpy_numbers_become_plain_ones():
     settings = Settings(
         epochs=np.int64(3), rate=np.float32(0.5), milestones=np.array([0.25, 0.5]), seed=np.int64(7), cycle=np.int32(2)
     )
@@ -127,3 +127,15 @@ def test_a_cycle_is_a_whole_number_of_epochs_or_none(cycle):
     with pytest.raises((TypeError, ValueError), match="cycle"):
         Settings(epochs=3, cycle=cycle)
     assert Settings(epochs=3, cycle=0).cycle == 0
+
+
+@pytest.mark.parametrize("milestones", [0.5, None, "0.5", {0.5}, [0.5, "x"]])
+def test_milestones_that_are_not_fractions_are_named(milestones):
+    with pytest.raises(TypeError, match="milestones must be fractions of the epochs, such as"):
+        Settings(epochs=3, milestones=milestones)
+
+
+@pytest.mark.parametrize("seed", [2**62, -(2**63), 2**70])
+def test_seeds_that_no_generator_accepts_are_refused(seed):
+    with pytest.raises(ValueError, match="seed must be from"):
+        Settings(epochs=3, seed=seed)

@@ -1,4 +1,4 @@
-"""One step of training, and how it is compiled: tried once, for full batches alone, by all processes or by none."""
+"""One step of training, and how it is compiled: tried once, only for full batches, by all processes or by none."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_step_is_that_of_the_weighted_loss_with_the_penalty(task, small_net, p
         torch.testing.assert_close(mine, other)
 
 
-def test_a_step_whose_gradients_overflow_is_left_out(task, small_net):
+def test_a_step_whose_gradients_overflow_is_skipped(task, small_net):
     net = small_net()
     before = copy.deepcopy(net.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
@@ -61,7 +61,7 @@ def test_a_step_whose_gradients_overflow_is_left_out(task, small_net):
 
 
 class Compiled(nn.Module):
-    """What stands in for a compiled model: it computes the same and counts the shapes that it is called with."""
+    """A stand-in for a compiled model: it computes the same and records the shapes that it is called with."""
 
     def __init__(self, model):
         super().__init__()
@@ -126,7 +126,7 @@ def test_the_trial_is_made_in_the_precision_of_training(task, compiler, settings
 
 
 @pytest.mark.parametrize("place", ["compile", "forward", "backward"])
-def test_a_trial_that_fails_costs_a_warning_and_nothing_else(task, compiler, monkeypatch, place):
+def test_a_failed_trial_costs_only_a_warning(task, compiler, monkeypatch, place):
     plain, _ = trained(task, compile=False)
 
     class Fails(torch.autograd.Function):
@@ -150,16 +150,16 @@ def test_a_trial_that_fails_costs_a_warning_and_nothing_else(task, compiler, mon
     monkeypatch.setattr(Compiled, "forward", fails)
     if place == "compile":
         monkeypatch.setattr(torch, "compile", refuses)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         found, history = trained(task, compile=True)
-    said = [str(warning.message) for warning in told if "torch.compile" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "torch.compile" in str(warning.message)]
     assert said == ["torch.compile failed (RuntimeError: no such unit); training continues without it, more slowly"]
     assert history.execution["compiled"] == "failed, so it ran without"
     assert_same(found, plain)
 
 
 def test_an_error_of_cuda_itself_is_raised(task, compiler, monkeypatch):
-    """After one nothing runs any more, so there is no going on without the compiler."""
+    """Nothing runs after such an error, so training cannot continue without the compiler."""
 
     def fails(self, inputs):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -169,13 +169,13 @@ def test_an_error_of_cuda_itself_is_raised(task, compiler, monkeypatch):
         trained(task, compile=True)
 
 
-def test_what_failed_in_another_process_is_used_in_none(task, compiler, monkeypatch):
+def test_a_compiler_that_failed_in_one_process_is_used_in_none(task, compiler, monkeypatch):
     plain, _ = trained(task, compile=False)
     asked = []
     monkeypatch.setattr(step.distributed, "all_of", lambda own: asked.append(own))
     with pytest.warns(UserWarning, match="torch.compile failed in another process, so no process uses it"):
         found, history = trained(task, compile=True)
-    assert asked == [True] and compiler[0].shapes == [(64, 3, 8, 8)]  # the trial alone
+    assert asked == [True] and compiler[0].shapes == [(64, 3, 8, 8)]  # only the trial
     assert history.execution["compiled"] == "failed, so it ran without"
     assert_same(found, plain)
 
@@ -184,8 +184,8 @@ def test_what_failed_in_another_process_is_used_in_none(task, compiler, monkeypa
     "done",
     [2, 3],
 )
-def test_a_run_that_goes_on_is_compiled_for_full_batches(task, compiler, monkeypatch, tmp_path, done):
-    """Also where what comes first is an epoch's last, smaller batch; and what ran before is told as compiled."""
+def test_a_resumed_run_is_compiled_for_full_batches(task, compiler, monkeypatch, tmp_path, done):
+    """Also if it resumes with an epoch's last, smaller batch; and the earlier part is recorded as compiled."""
     taken, calls = step.train_step, []
 
     def stopping(*arguments):
@@ -207,7 +207,7 @@ def test_a_run_that_goes_on_is_compiled_for_full_batches(task, compiler, monkeyp
     assert history.execution["compiled"] is True and earlier["compiled"] is True
 
 
-def test_a_short_run_or_one_on_a_processor_is_not_compiled_unasked(task, compiler):
+def test_a_short_run_or_one_on_a_cpu_is_not_compiled_unasked(task, compiler):
     _, history = trained(task)
     assert history.execution["compiled"] is False and not compiler
 
@@ -245,7 +245,7 @@ def test_nothing_is_compiled_after_the_trial(task, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_compiler_that_fails_is_left_out_and_says_so(task, digits):
+def test_without_a_working_compiler_training_continues_with_a_warning(task, digits):
     """A real failure: the C++ compiler that torch.compile calls on a CPU does not exist."""
     code = """
 import warnings, torch, softshare
@@ -257,13 +257,13 @@ ends = []
 for compile in (False, True):
     torch.manual_seed(0)
     net = models.swrn(16, 1, dropout=0.2)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         settings = Settings(epochs=1, batch_size=20, compile=compile)
         history = fit(net, Classification(train), settings, progress=False, device="cpu")
     ends.append(net.state_dict())
     assert history.execution["compiled"] == ("failed, so it ran without" if compile else False)
-said = [str(w.message) for w in told if "torch.compile failed" in str(w.message)]
+said = [str(w.message) for w in caught if "torch.compile failed" in str(w.message)]
 assert len(said) == 1 and "training continues without it" in said[0], said
 assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 """

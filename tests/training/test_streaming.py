@@ -103,7 +103,7 @@ def test_the_fingerprint_is_of_names_and_sizes(written, folder):
     assert len({same, renamed, fingerprint()}) == 3
 
 
-def test_test_stands_in_for_val(folder):
+def test_a_folder_called_test_can_replace_val(folder):
     (folder / "val").rename(folder / "test")
     for split in ("val", "test"):
         assert StreamedImages(folder, 32, 0, split).evaluate(lambda images: torch.zeros(len(images), 2))["error"] > 0
@@ -138,7 +138,7 @@ def test_reading_leaves_the_default_generator_alone(written):
 
 
 def test_crops_have_the_areas_and_aspects_asked_for(tmp_path):
-    """Images whose red and green are their coordinates tell what was cut out."""
+    """Images whose red and green are their coordinates show what was cut out."""
     width, height = 255, 255
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels = np.stack([x * 255 / width, y * 255 / height, 0 * x], 2).round().astype(np.uint8)
@@ -163,7 +163,7 @@ def test_crops_have_the_areas_and_aspects_asked_for(tmp_path):
 
 
 def test_a_large_jpeg_decoded_small_shows_the_same(tmp_path):
-    """What is decoded at a fraction of its size gives nearly the crop that the same image without loss gives."""
+    """An image decoded at a fraction of its size gives nearly the same crop as its lossless version."""
     for suffix in ("png", "jpg"):
         (tmp_path / suffix / "train" / "only").mkdir(parents=True)
         picture(5, 1001, 803).save(tmp_path / suffix / "train" / "only" / f"it.{suffix}")
@@ -184,7 +184,7 @@ def test_extreme_shapes(tmp_path, shape):
 
 
 def test_images_of_other_modes(written, folder):
-    """Grey, transparent and CMYK images are used as their RGB form, here saved beforehand, is."""
+    """Grey, transparent and CMYK images are treated like their RGB versions, saved here beforehand."""
     for name in ("0.png", "3.png", "4.JPEG"):
         with Image.open(written / "train/cat" / name) as image:
             assert image.mode != "RGB"
@@ -242,8 +242,8 @@ def test_five_guesses(tmp_path):
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 0), (1, 2), (2, 4)])
-def test_no_more_is_read_ahead_than_two_batches_a_worker(folder, workers, ahead):
-    """All files go bad after the first batch: how many good batches still come was read before."""
+def test_at_most_two_batches_per_worker_are_read_ahead(folder, workers, ahead):
+    """All files go bad after the first batch, so the good batches that still come were read ahead."""
     task = StreamedImages(folder, 16, workers)
     batches = task.batches(torch.arange(task.size).split(1), 0, 1)
     next(batches)
@@ -298,7 +298,7 @@ def killed(wait):
 
 
 def test_a_worker_killed_while_a_batch_is_used(written):
-    """The error comes with the next batch, not amid whatever the caller does with this one."""
+    """The error comes with the next batch, not while the caller uses this one."""
     task = StreamedImages(written, 16, 2)
     epoch_of(task, 24)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -313,7 +313,7 @@ def test_a_worker_killed_while_a_batch_is_used(written):
     assert signal.getsignal(signal.SIGCHLD) is handler
 
 
-def test_a_worker_killed_while_a_batch_is_waited_for(folder):
+def test_a_worker_killed_while_waiting_for_a_batch(folder):
     task = StreamedImages(folder, 16, 1)
     slow = folder / "train/bird/0.png"
     slow.unlink()
@@ -325,7 +325,7 @@ def test_a_worker_killed_while_a_batch_is_waited_for(folder):
     killer.join()
 
 
-def test_other_runtime_errors_stay_what_they_are(written):
+def test_other_runtime_errors_are_not_changed(written):
     batches = StreamedImages(written, 16, 1).batches([torch.arange(2), torch.arange(2)], 0, 1)
     next(batches)
     with pytest.raises(RuntimeError, match="^out of memory$"):
@@ -344,7 +344,7 @@ def test_other_runtime_errors_stay_what_they_are(written):
         (lambda root: shutil.move(root / "val/cat", root / "val/.cat"), ValueError, "'val' has no images of cat"),
     ],
 )
-def test_a_folder_that_lacks_something(folder, damage, error, says):
+def test_an_incomplete_folder(folder, damage, error, says):
     damage(folder)
     with pytest.raises(error, match=says):
         StreamedImages(folder)

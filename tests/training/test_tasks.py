@@ -38,7 +38,7 @@ def test_a_curriculum_goes_from_phase_to_phase(task):
         Curriculum([phases[0], ShortestPaths(shortest_path.generate(7, size=8, box=3))], epochs=2)
 
 
-def test_grids_and_curricula_are_told_apart():
+def test_grids_and_curricula_are_distinguished():
     def phase(seed):
         return ShortestPaths(shortest_path.generate(5, size=8, box=3, seed=seed))
 
@@ -61,7 +61,7 @@ def test_batches_of_images_do_not_depend_on_what_else_is_in_them(task):
     assert torch.equal(torch.cat([images for images, _ in parts]), images_)
 
 
-def test_identities_of_images_tell_data_and_augmentation_apart(task, digits):
+def test_identities_of_images_distinguish_data_and_augmentation(task, digits):
     same = Classification(digits[0], None, task.augmentation)
     assert same.identity() == task.identity() == task.to(torch.device("cpu")).identity()
     others = [
@@ -72,7 +72,7 @@ def test_identities_of_images_tell_data_and_augmentation_apart(task, digits):
     assert len({task.identity(), *(other.identity() for other in others)}) == 4
 
 
-def test_grids_are_scored_as_predicted_beside_the_rule():
+def test_grids_are_scored_as_predicted_next_to_the_rule():
     held_out = shortest_path.generate(300, size=8, box=7, obstacle_probability=0.3, seed=1)
     task = ShortestPaths(shortest_path.generate(5, size=8, box=5), held_out)
     logits = torch.randn(held_out.targets.shape)
@@ -101,7 +101,7 @@ def test_grids_are_scored_as_predicted_beside_the_rule():
     assert perfect["hard_exact"] == 0 < perfect["exact"] < 1
 
 
-def test_a_task_of_ones_own_trains():
+def test_a_custom_task_trains():
     """What a user writes: examples, a batch and a loss."""
 
     class Doubling(Task):
@@ -121,7 +121,7 @@ def test_a_task_of_ones_own_trains():
         Task()
 
 
-def test_targets_are_part_of_what_grids_are():
+def test_targets_are_part_of_the_identity_of_grids():
     """Shuffled targets, as a control has them, are other data."""
     grids = shortest_path.generate(5, size=8, box=5)
     assert ShortestPaths(grids).identity() != ShortestPaths(grids._replace(targets=grids.targets.flip(0))).identity()
@@ -140,16 +140,16 @@ class Unnamed(Classification):
         return ""
 
 
-def test_resuming_on_data_that_nothing_identifies_is_warned_of(digits, small_net, tmp_path, recwarn):
+def test_resuming_on_data_that_nothing_identifies_warns(digits, small_net, tmp_path, recwarn):
     for _ in range(2):
         settings = Settings(epochs=1, precision="float32")
         fit(small_net(), Unnamed(*digits), settings, progress=False, checkpoints=tmp_path, device="cpu")
         said = [str(each.message) for each in recwarn if "has no identity()" in str(each.message)]
-    assert len(said) == 1 and "Unnamed has no identity(), so nothing can tell whether its data are the same" in said[0]
+    assert len(said) == 1 and "Unnamed has no identity(), so nothing shows whether its data are the same" in said[0]
 
 
 @pytest.mark.parametrize("kind", [Classification, ShortestPaths, Curriculum])
-def test_a_task_of_ones_own_stays_one_on_a_device(kind, digits):
+def test_a_custom_task_stays_one_on_a_device(kind, digits):
     """Its overridden methods must be those that `fit` calls."""
     grids = shortest_path.generate(5, size=8, box=5)
     own = type("Own", (kind,), {"loss": lambda self, outputs, targets: outputs.sum()})

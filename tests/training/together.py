@@ -1,8 +1,7 @@
 """Trains a network without batch statistics, alone or under torchrun, and writes what came out.
 
 Run as ``python together.py OUT CHECKPOINTS KILL`` or ``torchrun ... together.py ...``. Each process writes OUT/<rank>.json;
-with KILL above 0 the last process kills itself before that epoch, in its first life; with -1 it looks for checkpoints
-elsewhere.
+with KILL above 0 the last process kills itself once, before that epoch; with -1 it looks for checkpoints elsewhere.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def main() -> None:
     torch.set_num_threads(1)
     life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     train, test = (images.load("digits", split).shrunk(4) for split in ("train", "test"))
-    # 131 examples in batches of 26: the last batch holds one example, less than there are processes
+    # 131 examples in batches of 26: the last batch holds one example, fewer than there are processes
     task = Classification(train.split(131)[0], test.split(50)[0])
-    torch.manual_seed(int(os.environ.get("RANK", "0")))  # process 0's weights are everybody's
+    torch.manual_seed(int(os.environ.get("RANK", "0")))  # all processes use the weights of process 0
     convolutions = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(4)]
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *convolutions, nn.Flatten(), nn.Linear(8 * 64, 10))
     softshare.share_(net, 2)
