@@ -132,7 +132,7 @@ def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bo
         yield from below(folder)
     if absent:
         raise ValueError(
-            f"{path}: {len(absent)} images are links to files that are not there, such as {absent[0]}; fetch the files, "
+            f"{path}: {len(absent)} of its images are links to files that are not there, such as {absent[0]}; fetch the files, "
             "or delete the links"
         )
 

@@ -208,7 +208,7 @@ def test_broken_links_and_folders_named_like_images(tmp_path, assert_drawn, pet_
     assert_drawn(load(str(path), "train"), "train", 2)
     (path / "train/cat/2.png").symlink_to("../nowhere")  # perhaps an image that was not fetched
     with pytest.raises(
-        ValueError, match="1 images are links to files that are not there, such as train/cat/2.png; fetch"
+        ValueError, match="1 of its images are links to files that are not there, such as train/cat/2.png; fetch"
     ):
         load(str(path), "train")
 
