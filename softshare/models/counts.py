@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,32 +12,52 @@ from .building import build
 from .names import Network
 
 
-def _built(network: Network) -> torch.nn.Module:
+def _built(network: Network, options: Mapping[str, Any]) -> torch.nn.Module:
     with torch.device("meta"):
-        return build(network).eval()
+        return build(network, **options).eval()
 
 
-def parameters(name: str | Network) -> int:
-    """Number of parameters of a network, with its default number of classes. Raises ValueError as `build` does."""
-    network = name if isinstance(name, Network) else Network.parse(name)
-    return sum(parameter.numel() for parameter in _built(network).parameters())
+def parameters(name: str | Network, **options: Any) -> int:
+    """Number of parameters of a network, with its default number of classes; options and errors as for `build`.
 
-
-def multiply_adds(name: str | Network, side: int | None = None) -> int:
-    """Multiply-adds of one example's forward pass through the plain network; mixing templates is not counted.
-
-    `side` is the side of the square input in pixels, by default 224 for ImageNet networks, else 32. Only convolutions
-    and linear layers are counted. Raises ValueError as `build` does.
+    An auxiliary head counts only if asked for (``parameters("DARTS", auxiliary=True)``).
     """
     network = name if isinstance(name, Network) else Network.parse(name)
-    return _multiply_adds(network.plain, side or (224 if network.imagenet else 32))
+    return sum(parameter.numel() for parameter in _built(network, options).parameters())
+
+
+def convolutions(name: str | Network, **options: Any) -> int:
+    """Number of convolutions that one forward pass runs, those of an auxiliary head aside. Errors as for `build`."""
+    network = name if isinstance(name, Network) else Network.parse(name)
+    return _convolutions(network.plain, tuple(sorted(options.items())))
 
 
 @functools.lru_cache(maxsize=128)
-def _multiply_adds(network: Network, side: int) -> int:
+def _convolutions(network: Network, options: tuple[tuple[str, Any], ...]) -> int:
+    model = _built(network, dict(options))
+    return sum(
+        isinstance(module, torch.nn.Conv2d)
+        for name, module in model.named_modules()
+        if not name.startswith("auxiliary")
+    )
+
+
+def multiply_adds(name: str | Network, side: int | None = None, **options: Any) -> int:
+    """Multiply-adds of one example's forward pass through the plain network; mixing templates is not counted.
+
+    `side` is the side of the square input in pixels, by default 224 for ImageNet networks, else 32. Only convolutions
+    and linear layers are counted, no auxiliary head. Options and errors as for `build`.
+    """
+    network = name if isinstance(name, Network) else Network.parse(name)
+    side = side or (224 if network.imagenet else 32)
+    return _multiply_adds(network.plain, side, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=128)
+def _multiply_adds(network: Network, side: int, options: tuple[tuple[str, Any], ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     images = torch.zeros(1, 2 if network.grids else 3, side, side, device="meta")
     with FlopCounterMode(display=False) as counter:
-        _built(network)(images)
+        _built(network, dict(options))(images)
     return counter.get_total_flops() // 2

@@ -83,6 +83,20 @@ class Network:
         """The same network without sharing: "WRN 28-10*" for "SWRN 28-10-2*"."""
         return replace(self, shared=False, templates=None)
 
+    @property
+    def twin(self) -> Network | None:
+        """The plain network of nearly equal parameters: as wide, but with only as many layers as there are templates.
+
+        "WRN 16-10" for "SWRN 28-10-2", which has two sharing layers in each stage where the latter has two templates. The
+        plain network itself if each layer has its own template; None for other families, odd numbers of templates and
+        ImageNet networks.
+        """
+        if self.family != "WRN" or not self.shared or self.imagenet:
+            return None
+        if self.templates is None:
+            return self.plain
+        return None if self.templates % 2 else replace(self.plain, depth=3 * self.templates + 10)
+
     def narrowed(self, width: int | None = None) -> Network:
         """The same network, at most `width` wide; by default as narrow as in profile fast."""
         return replace(self, width=min(self.width, _NARROW.get(self.family, self.width) if width is None else width))

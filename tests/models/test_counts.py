@@ -40,6 +40,11 @@ def test_parameter_counts_of_the_poster(name, millions):
         ("WRN 28-18", 118_119_642, 16_949_636_352),
         ("WRN 40-8", 35_748_314, 5_172_024_320),
         ("WRN 50-2", 68_883_240, 11_398_021_120),
+        ("ResNeXt-29 16x64", 68_155_210, 10_688_866_304),
+        ("DenseNet 100-24", 27_249_082, 6_889_347_744),
+        ("DenseNet 190-40", 25_624_430, 9_301_945_740),
+        ("DenseNet-264", 33_337_704, 5_751_653_376),
+        ("ResNet-200", 64_666_152, 15_007_481_856),
     ],
 )
 def test_counts_of_the_plain_networks(name, parameters_, multiply_adds_):
