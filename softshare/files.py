@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -36,7 +37,8 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{str(path)!r} begins with ~, but this process has no home folder; set HOME or give the path in full"
+            f"{str(path)!r} begins with ~, but the home folder that it names is not known; set HOME, give the path in "
+            "full, or begin it with ./"
         ) from error
 
 
@@ -66,7 +68,10 @@ def cache_folder() -> Path:
         return Path(given) / "softshare"
     with contextlib.suppress(RuntimeError):
         return Path.home() / ".cache" / "softshare"
-    return _temporary_cache()
+    try:
+        return _temporary_cache()
+    except OSError:  # nowhere at all: whoever wants to keep something there finds that it cannot be written
+        return Path(os.devnull) / "softshare"
 
 
 @functools.cache
@@ -126,6 +131,9 @@ def write_together(contents: Sequence[tuple[Path, bytes]]) -> None:
     After an error, such as a full disk, all old files are still there. Only a kill in the instant between the renamings can
     leave a mixture of old and new files.
     """
+    for path, _ in contents:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the name of a file to be written", str(path))
     with contextlib.ExitStack() as stack:
         for path, content in contents:
             file = stack.enter_context(atomic_file(path))

@@ -181,7 +181,7 @@ class FoldPlan:
                 for group in data["groups"]
             )
             return cls(None if data["threshold"] is None else float(data["threshold"]), groups)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a fold plan: {error}") from error
 
 

@@ -100,10 +100,11 @@ def refuse_sharded(parameter: Tensor) -> None:
 
 def refuse_inference(model: nn.Module) -> None:
     """Raise ValueError for a model whose parameters were made under torch.inference_mode and so can never learn."""
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, nn.UninitializedParameter) and parameter.is_inference():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        lazy = isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+        if not lazy and tensor.is_inference():
             raise ValueError(
-                f"the parameter {name!r} was made under torch.inference_mode, so it can have no gradient; build or load the "
+                f"{name!r} of the model was made under torch.inference_mode, so it cannot be trained; build or load the "
                 "model outside inference_mode"
             )
 
@@ -190,13 +191,14 @@ def _forget(number: int, _: Any) -> None:
 
 @functools.cache
 def _watch_optimizers() -> None:
+    warned: weakref.WeakSet[Any] = weakref.WeakSet()
+
     def check(optimizer: Any, *_: Any) -> None:
         if not _replaced:  # the usual case: nothing holds a replaced weight
             return
         held = [id(weight) for group in optimizer.param_groups for weight in group["params"] if id(weight) in _replaced]
-        for number in held:
-            _replaced.pop(number, None)
-        if held:
+        if held and optimizer not in warned:
+            warned.add(optimizer)
             warnings.warn(
                 f"this optimizer was made before share_: {len(held)} of its parameters belong to no layer any more, and "
                 "it does not train the template banks. Make a new one, such as torch.optim.SGD(softshare.decay_groups("
@@ -224,7 +226,9 @@ def guard_data_parallel(shared: type[nn.Module]) -> None:
 
 
 def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequence[tuple[str, nn.Module]]) -> None:
-    """Warn if the parameters of one shared layer were frozen: that freezes the whole group, or only a bias.
+    """Warn if the parameters of one shared layer were frozen: that freezes the whole group, or nothing of its weight.
+
+    What was meant is told from what lies around the layers: their biases or, in layers without, what else their block holds.
 
     Args:
         model: the model that the layers belong to.
@@ -232,25 +236,42 @@ def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequenc
         users: the layers, with their names in the model.
     """
     of_source = {id(parameter) for parameter in source.parameters()}
-    own = {name: [p for p in layer.parameters() if id(p) not in of_source] for name, layer in users}
+    clues = {name: _clues(model, name, layer, of_source, len(users)) for name, layer in users}
     bank = getattr(source, "name", "bank")
     if any(parameter.requires_grad for parameter in source.parameters()):
-        frozen = [name for name, mine in own.items() if mine and not any(p.requires_grad for p in mine)]
-        if frozen and any(p.requires_grad for mine in own.values() for p in mine):
+        frozen = [name for name, mine in clues.items() if mine and not any(p.requires_grad for p in mine)]
+        if frozen and any(p.requires_grad for mine in clues.values() for p in mine):
             warnings.warn(
-                f"only the biases of {', '.join(frozen)} are frozen: their weights are mixed from the bank {bank!r} and "
-                "keep learning. To freeze a single layer, freeze it before share_, which leaves frozen layers alone",
+                f"the weights of {', '.join(frozen)} are not frozen, though what lies around them is: they are mixed "
+                f"from the bank {bank!r} and keep learning. To freeze a single layer, freeze it before share_, which "
+                "leaves frozen layers alone",
                 stacklevel=3,
             )
-    elif not getattr(source, "frozen_on_purpose", False):
-        # If the whole group was meant, these would be frozen too: the layers' biases, or what else their parents hold.
-        beside = [parameter for mine in own.values() for parameter in mine] or [
-            parameter for name in own for parameter in model.get_submodule(name.rpartition(".")[0]).parameters()
-        ]
-        if any(parameter.requires_grad for parameter in beside):
+    elif not any(getattr(module, "frozen_on_purpose", False) for module in source.modules()):
+        names = {id(module): name for name, module in model.named_modules()}
+        if any(p.requires_grad for p in [p for mine in clues.values() for p in mine] or _between(model, users)):
             warnings.warn(
                 f"the bank {bank!r} is frozen, and with it the weights of all layers that draw from it: "
-                f"{', '.join(own)}. To freeze a single layer, freeze it before share_, which leaves frozen layers alone; to "
-                f"freeze the group without this warning, call softshare.banks(model)[{bank!r}].requires_grad_(False)",
+                f"{', '.join(clues)}. To freeze a single layer, freeze it before share_, which leaves frozen layers "
+                "alone; to freeze the group without this warning, call "
+                f"model.get_submodule({names[id(source)]!r}).requires_grad_(False)",
                 stacklevel=3,
             )
+
+
+def _clues(model: nn.Module, name: str, layer: nn.Module, of_source: set[int], users: int) -> list[nn.Parameter]:
+    """The layer's own parameters; for a layer without, those of its block, unless the whole group shares that block."""
+    own = [parameter for parameter in layer.parameters() if id(parameter) not in of_source]
+    block = model.get_submodule(name.rpartition(".")[0])
+    shared = sum("softshare_source" in module.__dict__ for module in block.modules())
+    if own or shared >= users:
+        return own
+    banks = {id(p) for module in block.modules() if hasattr(module, "frozen_on_purpose") for p in module.parameters()}
+    return [parameter for parameter in block.parameters() if id(parameter) not in banks]
+
+
+def _between(model: nn.Module, users: Sequence[tuple[str, nn.Module]]) -> list[nn.Parameter]:
+    """Parameters of the modules between the first and the last layer of a group: a head behind them trains by itself."""
+    names = [name for name, _ in model.named_modules()]
+    first, last = names.index(users[0][0]), names.index(users[-1][0])
+    return [p for name in names[first : last + 1] for p in model.get_submodule(name).parameters(recurse=False)]

@@ -228,7 +228,9 @@ def test_a_path_from_outside_expands_the_home_folder_or_reports_that_there_is_no
     assert files.user_path("~/x") == tmp_path / "x" and files.user_path(Path("~/x.y")) == tmp_path / "x.y"
     request.getfixturevalue("homeless")
     assert files.user_path("x") == Path("x")
-    with pytest.raises(FileNotFoundError, match="'~/x' begins with ~, but this process has no home folder; set HOME"):
+    with pytest.raises(
+        FileNotFoundError, match="'~/x' begins with ~, but .* is not known; set HOME"
+    ):
         files.user_path("~/x")
 
 
@@ -249,6 +251,14 @@ def test_a_folder_is_writable_or_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"nothing can be written to the folder {tmp_path / 'file' / 'below'}"):
         writable(tmp_path / "file" / "below")
+
+
+def test_a_folder_with_the_name_of_a_file_is_found_before_anything_is_replaced(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"old")
+    with pytest.raises(IsADirectoryError, match="plan.json"):
+        write_together([(tmp_path / "plan.json", b"new"), (tmp_path / "weights.bin", b"new")])
+    assert (tmp_path / "weights.bin").read_bytes() == b"old"
 
 
 def test_threads_that_write_the_same_file_do_not_interfere(tmp_path):

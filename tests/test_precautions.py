@@ -42,10 +42,12 @@ def test_freezing_another_layer_warns():
     model = stack()
     share_(model, 2)
     freeze(model[3])
-    with pytest.warns(UserWarning, match="only the biases of 3 are frozen: .*bank 'Linear 8x8' and keep learning"):
+    with pytest.warns(
+        UserWarning, match="the weights of 3 are not frozen, though .*bank 'Linear 8x8' and keep learning"
+    ):
         decay_groups(model, 0.1)
     folded = softshare.fold(model, 1.0)
-    with pytest.warns(UserWarning, match="only the biases of 3"):
+    with pytest.warns(UserWarning, match="the weights of 3 are not frozen"):
         decay_groups(folded, 0.1)
 
 
@@ -229,7 +231,7 @@ def test_reading_other_parameters_works_as_usual():
 def test_what_is_made_under_inference_mode_learns_or_is_refused():
     with torch.inference_mode():
         model = stack(2)
-        with pytest.raises(ValueError, match="'0.weight' was made under torch.inference_mode"):
+        with pytest.raises(ValueError, match="'0.weight' of the model was made under torch.inference_mode"):
             share_(model, 2)
         with pytest.raises(ValueError, match="inference_mode"):
             softshare.models.swrn(16, 1)
@@ -349,3 +351,67 @@ def test_a_group_is_named_without_addresses():
     share_(model, 2, lambda name, layer: key)
     (name,) = banks(model)
     assert "0x" not in name and "Key object" in name
+
+
+def test_freezing_a_block_of_a_network_without_biases_is_warned_of():
+    """Its BatchNorms show what was meant."""
+    model = softshare.models.swrn(28, 1)
+    model.stage1[2].requires_grad_(False)
+    with pytest.warns(UserWarning, match="the weights of stage1.2.conv1, stage1.2.conv2 are not frozen, though"):
+        decay_groups(model, 0.0)
+    model = softshare.models.swrn(28, 1)
+    model.requires_grad_(False)
+    model.stage1[1].requires_grad_(True)  # to train this block alone
+    with pytest.warns(UserWarning, match="the weights of .*stage1.2.conv1.* are not frozen, though"):
+        decay_groups(model, 0.0)
+
+
+def test_training_a_head_alone_is_no_reason_to_warn():
+    for model in (stack(bias=False), nn.Sequential(*stack(bias=False), nn.LayerNorm(8))):
+        model.append(nn.Linear(8, 2))
+        share_(model, 2)
+        model.requires_grad_(False)
+        model[-1].requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            decay_groups(model, 0.0)
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.9])
+def test_the_way_to_freeze_a_group_that_the_warning_names_works_after_a_fold_too(threshold):
+    torch.manual_seed(3)
+    model = stack(6)
+    share_(model, 4)
+    folded = softshare.fold(model, threshold)
+    for layer in folded:
+        for parameter in layer.parameters():
+            parameter.requires_grad = False
+        break
+    layers = [layer for layer in folded if hasattr(layer, "softshare_source")]
+    if not layers or any(p.requires_grad for p in layers[0].softshare_source[0].parameters()):
+        pytest.skip("the first layer does not hold what the others draw from")
+    with pytest.warns(UserWarning) as caught:
+        decay_groups(folded, 0.0)
+    way = str(caught[0].message).partition("call ")[2]
+    eval(way, {"model": folded})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decay_groups(folded, 0.0)
+
+
+def test_every_early_optimizer_is_warned_of_once():
+    model = stack()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    share_(model, 2)
+    model(torch.randn(3, 8)).sum().backward()
+    for optimizer in (first, second):
+        with pytest.warns(UserWarning, match="made before share_"):
+            optimizer.step()
+
+
+def test_buffers_made_under_inference_mode_are_refused_too():
+    model = nn.Sequential(*stack(), nn.BatchNorm1d(8))
+    with torch.inference_mode():
+        model[-1].running_mean = torch.zeros(8)
+    with pytest.raises(ValueError, match="'4.running_mean' of the model was made under torch.inference_mode"):
+        share_(model, 2)

@@ -22,6 +22,7 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 """File name endings of the images that are read, in upper or lower case."""
 
+_PADDING = 2 << 20  # bytes; more than any program pads an archive with
 _DECODING = 2  # increased when a change makes the same files give other images or labels
 
 Labels = dict[str, dict[str, int]]  # split -> name of an image -> number of its class
@@ -70,7 +71,9 @@ def label_images(
     for split in set(needed).difference(present):
         known = ", ".join(present) or "none"
         raise ValueError(f"{path} has no split {split!r}: no images as {split}/<class>/<file>; its splits: {known}")
-    left_out = f"{path}: {_describe(others[tops[0]])}" if others[tops[0]] else ""
+    left_out = _describe(others[tops[0]]) if others[tops[0]] else ""
+    if path.is_dir() and not only and (unread := _other_folders(path / tops[0], splits)):
+        left_out = f"{left_out}; not read: {unread}".removeprefix("; ")
     labels: Labels = {split: {} for split in present}
     for split, (number, label) in itertools.product(present, enumerate(classes)):
         files = found[tops[0], split, label]
@@ -123,7 +126,7 @@ def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bo
                 continue
             name, is_folder = f"{folder}/{entry.name}", entry.is_dir()
             yield name, is_folder
-            if is_folder:
+            if is_folder and not _leads_up(entry, path / folder):  # a link to a folder above
                 yield from below(name)
             elif entry.is_symlink() and name.lower().endswith(ENDINGS) and not os.path.exists(entry):
                 absent.append(name)
@@ -132,9 +135,25 @@ def _folder_names(path: Path, splits: Collection[str]) -> Iterator[tuple[str, bo
         yield from below(folder)
     if absent:
         raise ValueError(
-            f"{path}: {len(absent)} of its images are links to files that are not there, such as {absent[0]}; fetch the files, "
-            "or delete the links"
+            f"{path}: {len(absent)} of its images are links to files that are not there, such as {absent[0]}; fetch the "
+            "files, or delete the links"
         )
+
+
+def _other_folders(top: Path, splits: Collection[str]) -> str:
+    """Folders next to the splits that contain images somewhere, such as "val", by name; "" if there are none."""
+    found = []
+    for entry in _entries(top):
+        if entry.is_dir() and entry.name not in splits and not entry.name.startswith("."):
+            walk = (name for _, _, names in os.walk(entry.path) for name in names)
+            if any(name.lower().endswith(ENDINGS) for name in walk):
+                found.append(entry.name)
+    return ", ".join(found)
+
+
+def _leads_up(entry: os.DirEntry[str], folder: Path) -> bool:
+    """Whether an entry of a folder is a link to that folder or one above it."""
+    return entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(entry))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -154,6 +173,13 @@ def _describe(names: Sequence[str]) -> str:
     return f"{number} left out ({listed}); images are read from <split>/<class>/<file> with the endings {' '.join(ENDINGS)}"
 
 
+def refuse_reserved(path: Path) -> None:
+    """Raise ValueError for a file that begins with zeros: no archive does, and reading all of them takes long."""
+    with open(path, "rb") as file:
+        if not any(file.read(512)):
+            raise ValueError(f"{path} begins with zeros, as a download does if its space was reserved but not filled")
+
+
 def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, bytes]]:
     """The name of everything in an archive (a folder's ends with a slash), with its content if wanted, else b"".
 
@@ -165,6 +191,7 @@ def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, 
         return
     _verify_listed(path)
     try:
+        refuse_reserved(path)
         for name, member in _members(path):
             yield name, member.read() if name in wanted else b""
     except Exception as error:  # of many kinds, depending on the format and the damage
@@ -175,9 +202,6 @@ def read_files(path: Path, wanted: Collection[str] = ()) -> Iterator[tuple[str, 
 
 def _members(path: Path) -> Iterator[tuple[str, Any]]:
     """The name of everything in an archive, as `read_files` gives it, with its open file."""
-    with open(path, "rb") as file:
-        if not any(file.read(512)):  # tarfile would read them block by block and find an empty archive
-            raise ValueError("it begins with zeros, as a download does if its space was reserved but not filled")
     for given, member in _zipped(path) if zipfile.is_zipfile(path) else _tarred(path):
         name = given.replace("\\", "/")
         parts = name.split("/")
@@ -219,8 +243,11 @@ def _tarred(path: Path) -> Iterator[tuple[str, Any]]:
         stream.seek(tar.offset)
         if stream.read(512) != bytes(512):
             raise ValueError("it has no end mark")
-        while stream.read(1 << 20):
-            pass
+        zeros = 0
+        while block := stream.read(1 << 20):
+            zeros = 0 if any(block) else zeros + len(block)
+        if zeros > _PADDING:
+            raise ValueError("it ends with zeros, as a download does if its space was reserved but only partly filled")
 
 
 def verify(path: Path, expected: str) -> None:

@@ -70,14 +70,22 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
     for place in places:
         for path in (place, place / edition.folder, place / edition.archive):
             if path.name in (edition.folder, edition.archive) and path.exists():
-                return _load_binary(path, edition, split)
-        if name == "cifar10" and (found := _load_ten_classes(place, split, refused)):
+                try:
+                    found = _load_binary(path, edition, split)
+                except (ValueError, OSError) as error:
+                    if path.is_file():
+                        raise
+                    refused.append((path, error))  # a folder may be half unpacked, with the archive next to it
+                else:
+                    _warn_of(refused)
+                    return found
+        if name == "cifar10" and (ten := _load_ten_classes(place, split, refused)):
             _warn_of(refused)
-            return found
-    for path, error in refused:
+            return ten
+    for path, reason in refused:
         # Was this most likely the intended copy?
         if path.is_dir() or "cifar" in path.name.lower() or first_classes(path, SPLITS):
-            raise error
+            raise reason
     _warn_of(refused)
     if download:
         return _load_binary(_download(edition), edition, split)
@@ -90,7 +98,7 @@ def load_cifar(name: str, split: str, root: str | Path | None, download: bool) -
 
 def _warn_of(refused: Sequence[tuple[Path, Exception]]) -> None:
     for _, error in refused:
-        warnings.warn(f"passed over while looking for CIFAR-10: {error}", stacklevel=4)
+        warnings.warn(f"passed over while looking for CIFAR: {error}", stacklevel=4)
 
 
 def _load_ten_classes(place: Path, split: str, refused: list[tuple[Path, Exception]]) -> ImageSet | None:
@@ -122,7 +130,7 @@ def _download(edition: Edition) -> Path:
     try:
         return Path(pooch.retrieve(edition.url, edition.hash, archive, folder, progressbar=True))
     except OSError as error:  # errors of requests, such as a proxy's, are OSErrors, and some are ValueErrors too
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise  # that is the disk's fault
         message = f"could not download {edition.url}: {error}. Without network, put {archive} into {folder}"
         raise ConnectionError(message) from error

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .. import files
-from .archives import Labels, OtherClasses, content_key, first_classes, label_images, open_image, read_files
+from .archives import (
+    Labels,
+    OtherClasses,
+    content_key,
+    first_classes,
+    label_images,
+    open_image,
+    read_files,
+    refuse_reserved,
+)
 from .sets import CIFAR10_CLASSES, SIDE, ImageSet, image_set
 
 SPLITS = ("train", "test")
@@ -23,6 +35,8 @@ def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
 
     Raises OtherClasses if `only` is given and the classes are others.
     """
+    if path.is_file():
+        refuse_reserved(path)  # before all of it is read for its checksum
     if path.is_dir():
         labelled = label_images(path, SPLITS, [split], only)
         names = [name for labels in labelled[1].values() for name in labels]
@@ -35,6 +49,9 @@ def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
     kept = _read_copy(copies[split])
     if kept and (not only or kept[0].classes == only):
         found, left_out = kept
+        left_out = labelled[2] if labelled else left_out  # a folder may have got others since
+        if found.classes != CIFAR10_CLASSES:
+            found = replace(found, source=path.name)  # the copy may be of the same archive under another name
     else:
         classes, labels, left_out = labelled or label_images(path, SPLITS, [split], only)
         splits = _decode(path, classes, labels)
@@ -43,7 +60,7 @@ def load_folder(path: Path, split: str, only: Sequence[str] = ()) -> ImageSet:
                 _write_copy(copies[name], each, left_out)
         found = splits[split]
     if left_out:
-        warnings.warn(left_out, stacklevel=3)
+        warnings.warn(f"{path}: {left_out}", stacklevel=3)
     return found
 
 
@@ -55,7 +72,8 @@ def _decode(path: Path, classes: tuple[str, ...], splits: Labels) -> dict[str, I
     pixels: dict[str, np.ndarray] = {}
     formats = set()
     members = ((name, data) for name, data in read_files(path, wanted) if name in wanted)
-    for name, data in tqdm(members, f"reading {path.name}", len(wanted), unit=" files", delay=2.0, mininterval=1.0):
+    shown: dict[str, Any] = {"unit": " files", "delay": 2.0, "mininterval": 1.0, "disable": sys.stderr is None}
+    for name, data in tqdm(members, f"reading {path.name}", len(wanted), **shown):
         try:
             image = open_image(data)
             if image.size == (SIDE, SIDE):

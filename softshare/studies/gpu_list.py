@@ -242,7 +242,7 @@ def still_needs(job: Job, places: Places, speed: float | None) -> float:
     plan, path = _path(job, places)
     steps = plan.settings.epochs * math.ceil(study_of(plan).examples(plan) / plan.settings.batch_size)
     folder = checkpoints_folder(path, places.checkpoints)
-    found = [int(path.name[5:13]) for path in folder.glob("step-*.safetensors")]
+    found = [int(path.name[5:13]) for path in folder.glob("step-*.safetensors") if path.name[5:13].isdecimal()]
     share = min(1.0, max(found, default=0) / steps)
     return (1 - share) * costs.expected_seconds(plan, places.device.startswith("cuda"), speed)
 

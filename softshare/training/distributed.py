@@ -6,6 +6,7 @@ With one process, every function here returns at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import warnings
@@ -62,7 +63,7 @@ def _started_together() -> bool:
     if _number("WORLD_SIZE", 1) < 2:
         alone = os.environ.get("RANK", "").strip()
         if alone and not alone.isdecimal():
-            warnings.warn(f"ignored: RANK is {alone!r}, not a number as torchrun sets it", stacklevel=3)
+            _warn_once(f"ignored: RANK is {alone!r}, not a number as torchrun sets it")
         return False
     variables = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in variables if not os.environ.get(name, "").strip()]:
@@ -70,9 +71,15 @@ def _started_together() -> bool:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this is one of several processes, but they cannot find each "
             f"other without {' and '.join(missing)}; start them with torchrun, or unset WORLD_SIZE to train in one process"
         )
+    _number("MASTER_PORT", 0)
     if _number("RANK", 0) >= _number("WORLD_SIZE", 1):
         raise ValueError(f"RANK {os.environ['RANK']} must be below WORLD_SIZE {os.environ['WORLD_SIZE']}")
     return True
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 @contextlib.contextmanager
@@ -85,6 +92,10 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """
     together = _running() or _started_together()
     if together and device.type == "cuda":
+        if not _running() and not os.environ.get("LOCAL_RANK", "").strip():
+            raise ValueError(
+                "LOCAL_RANK is not set, so this process does not know which GPU is its own; start it by torchrun"
+            )
         local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
         if local >= gpus:
             raise NoSuchDevice(

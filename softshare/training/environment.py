@@ -69,7 +69,9 @@ def _revision() -> dict[str, Any]:
 def _git(top: os.PathLike[str]) -> dict[str, Any] | None:
     def asked(*command: str) -> str:
         call = ["git", "-C", str(top), *command]
-        done = subprocess.run(call, capture_output=True, check=True, timeout=10)
+        # Without GIT_DIR and the like: inside a hook they name another repository.
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        done = subprocess.run(call, capture_output=True, check=True, timeout=10, env=clean)
         return os.fsdecode(done.stdout).strip()
 
     try:

@@ -42,12 +42,13 @@ def with_reestimated_statistics(
     weights that no longer exist. No weight changes. The statistics are the mean over batches of `batch` examples;
     dropout, if any, draws the same numbers in each call, and the default random generators are left as they were.
     """
-    model = copy.deepcopy(model)
-    device = device_of(model)
-    dtype = pick_precision(precision, device, parameter_dtype(model))
-    inputs = inputs.double() if dtype is torch.float64 else inputs
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
-        torch.manual_seed(0)
-        with autocast(device, dtype):
-            update_bn((some.to(device) for some in inputs.split(batch)), model)
+    with torch.inference_mode(False):
+        model = copy.deepcopy(model)
+        device = device_of(model)
+        dtype = pick_precision(precision, device, parameter_dtype(model))
+        inputs = inputs.double() if dtype is torch.float64 else inputs
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            with autocast(device, dtype):
+                update_bn((some.to(device) for some in inputs.split(batch)), model)
     return model.eval()

@@ -32,7 +32,7 @@ def interpreter() -> str | None:
     path = sys.executable
     if not path or getattr(sys, "frozen", False):
         return None
-    return path if re.fullmatch(r"(python|pypy)[\w.-]*", os.path.basename(path).lower()) else None
+    return path if re.fullmatch(r"(python|pypy)w?[\d.]*(t|d|-dbg)?(\.exe)?", os.path.basename(path).lower()) else None
 
 
 def avoid_crashing_units(cache: Path) -> bool:

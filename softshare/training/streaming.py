@@ -79,7 +79,7 @@ class StreamedImages(Task):
         splits = [split for split in ("train", held_out) if split]
         self.classes, found, left_out = label_images(self.path, splits, splits)
         if left_out:
-            warnings.warn(left_out, stacklevel=2)
+            warnings.warn(f"{self.path}: {left_out}", stacklevel=2)
         images = {name: label for split in splits for name, label in found[split].items()}
         names, labels = np.array([os.fsencode(name) for name in images]), np.array(list(images.values()))
         self._reader = _Reader(self.path, names, labels, count("side", side))

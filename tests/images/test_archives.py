@@ -227,7 +227,7 @@ def test_no_warning_about_a_folder_that_is_read_completely(tmp_path, recwarn, pe
 def test_a_download_with_only_its_space_reserved_is_refused_at_its_first_block(tmp_path, monkeypatch, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(2**33)  # 8 GiB: reading it would take a while
-    monkeypatch.setattr(folders, "content_key", lambda path, names: "key")
+    monkeypatch.setattr(folders, "content_key", lambda *_: pytest.fail("read in full"))
     with pytest.raises(ValueError, match="begins with zeros, as a download"):
         load(str(tmp_path / name), "train")
 
@@ -249,3 +249,54 @@ def test_a_read_error_is_not_blamed_on_the_archive(tmp_path, monkeypatch, pet_fi
     with pytest.raises(OSError, match="Input/output error") as caught:
         load(str(path), "train")
     assert not isinstance(caught.value, ValueError) and "damaged" not in str(caught.value)
+
+
+def test_a_download_that_filled_a_part_of_its_reserved_space_is_refused(tmp_path, pet_files, write_archive):
+    """A plain tar that is cut between two files and goes on with zeros would pass for a whole one."""
+    path = write_archive(tmp_path / "pets.tar", pet_files())
+    with tarfile.open(path) as archive:
+        cut = archive.getmembers()[-1].offset
+    with open(path, "r+b") as file:
+        file.truncate(cut)
+        file.truncate(cut + 3 * 2**20)
+    with pytest.raises(
+        ValueError, match="ends with zeros, as a download does if its space was reserved but only partly"
+    ):
+        load(str(path), "train")
+
+
+def test_folders_of_images_next_to_the_splits_are_named(tmp_path, pet_files, write_folder):
+    path = write_folder(tmp_path / "p", {**pet_files(), "val/cat/0.png": b"x", "docs/a.txt": b"x", ".git/a.png": b"x"})
+    with pytest.warns(UserWarning, match=f"{path}: not read: val$"):
+        load(path, "train")
+
+
+def test_a_link_to_a_folder_above_has_an_end(tmp_path, assert_drawn, pet_files, write_folder):
+    path = write_folder(tmp_path / "p", pet_files())
+    (path / "train/cat/up").symlink_to(path)
+    assert_drawn(load(path, "train"), "train", 2)
+
+
+def test_what_is_left_out_of_a_large_folder_is_looked_up_each_time(
+    tmp_path, monkeypatch, pet_files, write_folder, recwarn
+):
+    monkeypatch.setattr(folders, "_CACHED_FROM", 1)
+    path = write_folder(tmp_path / "p", pet_files())
+    load(path, "train")
+    assert len(recwarn) == 0
+    (path / "train/cat/a.tif").write_bytes(b"II")
+    with pytest.warns(UserWarning, match="1 file is left out"):
+        load(path, "train")
+    (path / "train/cat/a.tif").unlink()
+    recwarn.clear()
+    load(path, "train")
+    assert len(recwarn) == 0
+
+
+def test_a_renamed_archive_has_its_new_name_though_a_copy_of_it_is_kept(
+    tmp_path, monkeypatch, pet_files, write_archive
+):
+    monkeypatch.setattr(folders, "_CACHED_FROM", 1)
+    path = write_archive(tmp_path / "first.tar", pet_files())
+    assert load(path, "train").source == "first.tar"
+    assert load(path.rename(tmp_path / "second.tar"), "train").source == "second.tar"

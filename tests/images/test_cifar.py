@@ -317,7 +317,7 @@ def test_a_damaged_unrelated_archive_is_named_and_skipped(
 ):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / neighbour).write_bytes(bytes(range(1, 256)) * 8)
-    with pytest.warns(UserWarning, match=f"passed over while looking for CIFAR-10: .*{neighbour} is truncated"):
+    with pytest.warns(UserWarning, match=f"passed over while looking for CIFAR: .*{neighbour} is truncated"):
         with pytest.raises(FileNotFoundError, match="no copy of CIFAR-10"):
             load("cifar10", "train", root=tmp_path / "data")
     write_archive(tmp_path / "cache" / "cifar10.tar", cifar_files())  # a good copy in the next place searched
@@ -342,3 +342,17 @@ def test_a_connection_error_is_reported_as_one(tmp_path, monkeypatch, proxy, rea
     monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(ConnectionError, match=f"could not download https://.*{reason}.*Without network, put cifar-100"):
         load("cifar100", "train", root=tmp_path, download=True)
+
+
+def test_a_half_unpacked_folder_does_not_hide_the_archive_next_to_it(tmp_path, binary):
+    contents, truth, install = binary()
+    path = install(tmp_path / "data")
+    folder = path.with_name(EDITIONS["cifar10"].folder)
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=f"passed over while looking for CIFAR: {folder} lacks"):
+        found = load("cifar10", "train", root=tmp_path / "data")
+    np.testing.assert_array_equal(found.images.numpy(), truth["train"][0])
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{folder} lacks"):
+        load("cifar10", "train", root=tmp_path / "data")

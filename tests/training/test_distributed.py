@@ -172,6 +172,7 @@ def test_a_rank_alone_is_not_torchrun(set_launcher, variables, recwarn):
 
 def test_a_rank_that_is_not_a_number_is_named_and_ignored(set_launcher):
     set_launcher(RANK="senior")
+    distributed._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="ignored: RANK is 'senior', not a number"):
         assert distributed.rank() == 0
 
@@ -184,6 +185,10 @@ def test_a_rank_that_is_not_a_number_is_named_and_ignored(set_launcher):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, .* without RANK and MASTER_ADDR and MASTER_PORT;.*unset WORLD_SIZE"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "find each other without MASTER_PORT;"),
         ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a whole number.*'x'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "abc"},
+            "MASTER_PORT must be a whole number",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK 2 must be below WORLD_SIZE 2"),
     ],
 )

@@ -186,3 +186,15 @@ def test_the_outcome_of_compiling_is_recorded_for_all_processes(monkeypatch):
     found = execution("float32")
     found.compiled("failed")
     assert [each["compiled"] for each in (found.now, *found.now["others"])] == ["failed", "failed"]
+
+
+def test_a_repository_that_the_environment_names_is_not_ours(checkout, monkeypatch, tmp_path):
+    """As inside a hook of another repository."""
+    _, git = checkout
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another" / ".git"))
+    found = environment()["revision"]
+    monkeypatch.delenv("GIT_DIR")
+    assert found == git("rev-parse", "HEAD")

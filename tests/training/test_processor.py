@@ -85,7 +85,8 @@ def test_only_success_counts_as_working(amx_machine, tmp_path, status):
 
 
 @pytest.mark.parametrize(
-    "executable", [None, "", "/opt/blender/blender", "/usr/bin/uwsgi", "C:\\apps\\Editor.exe", "./app"]
+    "executable",
+    [None, "", "/opt/blender/blender", "/usr/bin/uwsgi", "C:\\apps\\Editor.exe", "./app", "/opt/python-app"],
 )
 def test_anything_but_an_interpreter_is_not_started(amx_machine, tmp_path, monkeypatch, executable):
     """An application would start itself again and again, without end."""
