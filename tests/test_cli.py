@@ -30,7 +30,7 @@ def test_the_list_names_every_recipe_and_its_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "SWRN 1-2"], "unknown recipe 'SWRN 1-2'; known: WRN 28-10"),
+        (["run", "SWRN 1-2"], "unknown recipe 'SWRN 1-2'; known: ResNeXt-29 16x64"),
         (["run", "CNN", "--seed", "-1"], "seed"),
         (["run", "WRN 28-10", "--profile", "gpu", "--data", "/nowhere/at/all"], "no image folder or archive at"),
         (["fold", "SCNN", "--runs", "/nowhere"], "train it first: softshare run 'SCNN'"),

@@ -15,8 +15,9 @@ from torch import nn
 
 from ..models import Network
 from ..training.evaluation import evaluate
-from ..training.settings import Settings
+from ..training.settings import ADDED_LATER, Settings
 from ..training.streaming import StreamedImages
+from .sources import SOURCES
 from .study import Plan, Recipe, Study, Tasks
 
 
@@ -37,11 +38,13 @@ class ImageNet(Study):
             "weight_decay": 1e-4,
             "penalty": 0.0,
             "evaluate_every": 1,
+            **ADDED_LATER,
         },
     }
 
     def recipes(self) -> Sequence[Recipe]:
-        return [Recipe(name, self.name, name, "table ImageNet") for name in ("WRN 50-2", "SWRN 50-2")]
+        names = ("WRN 50-2", "DenseNet-264", "ResNet-200", "SWRN 50-2")
+        return [Recipe(name, self.name, name, "table ImageNet", source=SOURCES.get(name)) for name in names]
 
     def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
         network, small = Network.parse(recipe.network), profile in ("fast", "gpu")
@@ -54,8 +57,9 @@ class ImageNet(Study):
             penalty=recipe.penalty_in(profile),
             seed=seed,
         )
+        settings = recipe.as_published(settings, profile)
         if profile == "fast":
-            settings = replace(settings, precision="float32", tf32=False)
+            settings = replace(settings, batch_size=32, precision="float32", tf32=False)
         return Plan(recipe, profile, network.narrowed() if small else network, settings, {"side": 64 if small else 224})
 
     def rehearsal(self, plan: Plan) -> Plan:

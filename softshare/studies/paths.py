@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..models import Network
 from ..shortest_path import PHASES, Grids, curriculum, generate, rectangle_rule, scores_beside_the_rule
 from ..training.evaluation import evaluate, with_reestimated_statistics
-from ..training.settings import Settings
+from ..training.settings import ADDED_LATER, Settings
 from ..training.tasks import Curriculum, ShortestPaths
 from .study import REESTIMATED_ON, Plan, Recipe, Study, Tasks
 
@@ -45,6 +45,7 @@ class Paths(Study):
             "weight_decay": 0.0,
             "penalty": 0.0,
             "evaluate_every": 1,
+            **ADDED_LATER,
         },
     }
 

@@ -177,7 +177,7 @@ def trained(record: Record, checkpoints: str | Path = "") -> nn.Module:
         )
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     classes = len(state["classifier.bias"]) if "classifier.bias" in state else None
-    model = models.build(record.network, classes)
+    model = models.build(record.network, classes, **record.config.get("options", {}))
     model.load_state_dict(state)
     return model.eval()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from .. import models
 from ..models import Network
+from ..models.searched import set_progress
 from ..training.devices import standard_defaults
 from ..training.settings import Settings
 from ..training.tasks import Task
 from .records import Identity
+from .sources import Source
 
 REESTIMATED_ON = 1_000
 """Training examples on which BatchNorm statistics are re-estimated."""
@@ -38,6 +40,7 @@ class Recipe:
         cutout: side of the hole at 32 x 32 pixels; 0: none.
         penalty: lambda of the recurrence penalty; a mapping if it depends on the profile.
         dense_epochs: similarities are recorded 20 times per epoch for the first `dense_epochs` epochs.
+        source: how those who published the network trained it; None: as the study does.
     """
 
     name: str
@@ -48,10 +51,18 @@ class Recipe:
     cutout: int = 0
     penalty: float | Mapping[str, float] = 0.0
     dense_epochs: int = 0
+    source: Source | None = None
 
     def penalty_in(self, profile: str) -> float:
         """Lambda in a profile."""
         return self.penalty[profile] if isinstance(self.penalty, Mapping) else self.penalty
+
+    def as_published(self, settings: Settings, profile: str) -> Settings:
+        """Settings with the schedule of the recipe's source, if it has one; only profile "paper" takes its epochs."""
+        if self.source is None:
+            return settings
+        epochs = self.source.schedule["epochs"] if profile == "paper" else settings.epochs
+        return replace(settings, **{**self.source.schedule, "epochs": epochs})
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Plan:
         settings: schedule and execution.
         sizes: JSON; numbers of examples, sides, phases.
         augmentation: JSON; the random changes of training images.
+        options: JSON; of `softshare.models.build`.
     """
 
     recipe: Recipe
@@ -71,15 +83,17 @@ class Plan:
     settings: Settings
     sizes: Mapping[str, Any]
     augmentation: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
         return self.settings.seed
 
     def config(self) -> dict[str, dict[str, Any]]:
-        """Everything chosen but the seed, as JSON: "sizes", "augmentation", "schedule"."""
+        """Everything chosen but the seed, as JSON: "sizes", "augmentation", "schedule", and "options" if there are any."""
         schedule = {name: value for name, value in self.settings.schedule().items() if name != "seed"}
-        return {"sizes": dict(self.sizes), "augmentation": dict(self.augmentation), "schedule": schedule}
+        found = {"sizes": dict(self.sizes), "augmentation": dict(self.augmentation), "schedule": schedule}
+        return found | ({"options": dict(self.options)} if self.options else {})
 
 
 class Tasks(NamedTuple):
@@ -141,7 +155,7 @@ class Study(ABC):
     def network(self, plan: Plan, classes: int | None = None) -> nn.Module:
         """The network of a plan before training; seeds the default random generator."""
         torch.manual_seed(plan.seed)
-        return models.build(plan.network, classes)
+        return models.build(plan.network, classes, **plan.options)
 
     @abstractmethod
     def tasks(self, plan: Plan, data: str | None = None, download: bool = False) -> Tasks:
@@ -161,8 +175,10 @@ class Study(ABC):
         return torch.cat([inputs.float() for inputs, _ in tasks.train.batches(parts, plan.seed, 1)])
 
     def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[Any]:
-        """Callbacks for `fit` that measure during training."""
-        return ()
+        """Callbacks for `fit` that measure during training, or change the network with its progress."""
+        if "drop_path" not in plan.options:
+            return ()
+        return [lambda model, epoch: set_progress(model, min(1.0, epoch / plan.settings.epochs))]
 
     @abstractmethod
     def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:

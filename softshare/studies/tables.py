@@ -11,6 +11,7 @@ from typing import Any
 
 from ..files import bundled_folder
 from ..similarity import initial_similarity
+from ..speed import networks
 from ..speed.benchmark import load_benchmark
 from . import folding
 from .recipes import RECIPES, make_plan, study_of
@@ -37,6 +38,8 @@ def benchmarks() -> list[dict[str, Any]]:
     """The records of `softshare bench` in data/benchmarks, by file name; a bad one is left out with a warning."""
     found = []
     for path in sorted(bundled_folder("benchmarks").glob("*.json")):
+        if path.match(networks.PATTERN):
+            continue  # timings of networks, see `softshare.speed.networks.network_timings`
         try:
             found.append(load_benchmark(path))
         except (ValueError, OSError) as error:
@@ -107,7 +110,7 @@ COLUMNS = {
 }
 """For each table: the column's title, its name in the CSV file, the metric in records, and the data set."""
 
-NOT_OURS = "not part of this project"
+NOT_PLANNED = "not planned"
 
 
 def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, str]]:
@@ -121,8 +124,7 @@ def paper_beside_ours(name: str, records: Sequence[Record]) -> list[dict[str, st
         cells |= {"GPU days, poster": row["gpu_days"]} if "gpu_days" in row else {}
         for title, column, metric, data in COLUMNS[name]:
             cells[f"{title}, poster"] = row[column]
-            known = row["model"] in RECIPES
-            cells[f"{title}, measured here"] = measured(records, row["model"], metric, data) if known else NOT_OURS
+            cells[f"{title}, measured here"] = measured(records, row["model"], metric, data)
         rows.append(cells)
     return rows
 
@@ -136,7 +138,7 @@ def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, s
             cells = {"model": name, "what for": recipe.shows}
             for title, _, metric, data in COLUMNS["cifar"]:
                 run = data.lower().replace("-", "") in recipe.data
-                cells[f"{title}, measured here"] = measured(records, name, metric, data) if run else NOT_OURS
+                cells[f"{title}, measured here"] = measured(records, name, metric, data) if run else NOT_PLANNED
             rows.append(cells)
     return rows
 

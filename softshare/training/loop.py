@@ -24,7 +24,7 @@ from .environment import Execution
 from .evaluation import evaluate
 from .progress import Progress
 from .recorder import SimilarityRecorder
-from .settings import Settings
+from .settings import ADDED_LATER, Settings
 from .step import Stepper
 from .tasks import Task
 
@@ -198,14 +198,17 @@ class _Run:
             f"{name} {tuple(value.shape) if isinstance(value, Tensor) else ''}"
             for name, value in self.model.state_dict().items()
         ]
+        kind = type(self.task)  # one of our own needs no name, its identity tells it
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         return {
+            **({"frozen": _digest(*frozen)} if frozen else {}),
             # A model's text shows what its weights do not, such as dropout.
             "model": _digest(without_addresses(str(self.model)), *shapes),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "examples": self.task.size,
-            "data": _digest(self.task.identity()),
+            "data": _digest(*([kind.__qualname__] if kind.__module__ != Task.__module__ else []), self.task.identity()),
             "callbacks": [type(callback).__name__ for callback in self.callbacks if hasattr(callback, "state_dict")],
-            **self.settings.schedule(),
+            **{name: value for name, value in self.settings.schedule().items() if ADDED_LATER.get(name, ...) != value},
         }
 
     @property
@@ -305,6 +308,11 @@ class _Run:
         self.folder.touch()
         if distributed.rank() > 0 or not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             return  # the weights are no longer finite: the next loss will show it
+        try:
+            extra = _extra_state(self.model)
+        except TypeError as error:  # it was fine at the start
+            warnings.warn(f"no checkpoint could be written ({error}); training continues", stacklevel=2)
+            return
         state = self.model.state_dict().items()
         tensors = {f"model.{name}": value for name, value in state if isinstance(value, Tensor)}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.stepper.optimizer).items()}
@@ -322,7 +330,7 @@ class _Run:
             "history": self.history,
             "scaler": self.stepper.scaler.state_dict(),
             "execution": self.execution.states(),
-            "extra state": _extra_state(self.model),
+            "extra state": extra,
         }
         self.folder.save(self.total_steps, tensors, facts)
 

@@ -12,6 +12,10 @@ from ..arguments import count
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("sgd", "adam")
+ANNEALINGS = ("steps", "cosine")
+
+ADDED_LATER: dict[str, Any] = {"annealing": "steps", "least_rate": 0.0, "growth": 1, "nesterov": True, "clip": 0.0}
+"""Fields of the schedule that came after the first records, with the values that those had without them."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Schedule:
     Attributes:
         epochs: passes over the training examples; 200 in the authors' code, no default here.
         batch_size: examples per step, over all devices; the last, smaller batch of an epoch is kept.
-        optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
+        optimizer: "sgd" (momentum 0.9) or "adam".
         rate: learning rate at the start.
         milestones: fractions of `epochs`, or of `cycle`, after which the rate is multiplied by `factor`.
         factor: see `milestones`.
@@ -30,6 +34,12 @@ class Schedule:
         penalty: lambda of the recurrence penalty that is added to the loss.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         seed: of the order of examples, augmentation and dropout. The model's own initialisation is the caller's.
+        annealing: "steps" (see `milestones`), or "cosine": from `rate` to `least_rate` by half a cosine over the epochs
+            or the cycle, one rate per epoch.
+        least_rate: where a cosine ends.
+        growth: each cycle is that many times as long as the one before (Loshchilov and Hutter, 2017).
+        nesterov: whether momentum is Nesterov's.
+        clip: largest norm of the gradient of all parameters together, to which longer ones are scaled; 0: none.
     """
 
     epochs: int
@@ -43,15 +53,24 @@ class Schedule:
     penalty: float = 0.0
     evaluate_every: int = 1
     seed: int = 0
+    annealing: str = "steps"
+    least_rate: float = 0.0
+    growth: int = 1
+    nesterov: bool = True
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "evaluate_every", "cycle"):
+        for name in ("epochs", "batch_size", "evaluate_every", "growth", "cycle"):
             value = getattr(self, name)
             never = name == "cycle" and value == 0 and isinstance(value, int) and not isinstance(value, bool)
             object.__setattr__(self, name, 0 if never else count(name, value))
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
-        for name in ("rate", "factor", "penalty", "weight_decay"):
+        if self.annealing not in ANNEALINGS:
+            raise ValueError(f"unknown annealing {self.annealing!r}; known: {', '.join(ANNEALINGS)}")
+        if not isinstance(self.nesterov, bool):
+            raise TypeError(f"nesterov must be True or False, got {self.nesterov!r}")
+        for name in ("rate", "factor", "penalty", "weight_decay", "least_rate", "clip"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
@@ -75,9 +94,12 @@ class Schedule:
         return chosen | {"milestones": list(self.milestones)}
 
     def rate_of(self, epoch: int) -> float:
-        """The learning rate of an epoch (from 0): a step schedule, restarted after each `cycle`."""
-        length = self.cycle or self.epochs
-        place = epoch % length if self.cycle else epoch
+        """The learning rate of an epoch (from 0): steps or a cosine, restarted after each `cycle`."""
+        length, place = self.cycle or self.epochs, epoch
+        while self.cycle and place >= length:
+            place, length = place - length, length * self.growth
+        if self.annealing == "cosine":
+            return self.least_rate + (self.rate - self.least_rate) * (1 + math.cos(math.pi * place / length)) / 2
         passed = sum(place >= max(1, round(fraction * length)) for fraction in self.milestones)
         return self.rate * self.factor**passed
 

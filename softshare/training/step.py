@@ -17,11 +17,11 @@ from .tasks import Task
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or Adam, with no weight decay on coefficients."""
+    """SGD with momentum or Adam, with no weight decay on coefficients."""
     groups = decay_groups(model, schedule.weight_decay)
     if schedule.optimizer == "adam":
         return torch.optim.Adam(groups, lr=schedule.rate)
-    return torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=schedule.nesterov)
 
 
 def train_step(
@@ -34,11 +34,12 @@ def train_step(
     dtype: torch.dtype,
     penalty: float = 0.0,
     weight: float = 1.0,
+    clip: float = 0.0,
 ) -> Tensor:
     """One step of the optimizer on one batch; returns the loss, penalty included, detached and still on the device.
 
-    `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`. Raises TypeError for a model whose
-    outputs are not one tensor.
+    `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`; `clip` is that of a `Schedule`.
+    Raises TypeError for a model whose outputs are not one tensor.
     """
     loss = task.loss(outputs_of(model, inputs, dtype), targets)
     if weight != 1.0:
@@ -47,6 +48,9 @@ def train_step(
         loss = loss + penalty * recurrence_penalty(model)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    if clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
     return loss.detach()
@@ -65,7 +69,7 @@ class Stepper:
         self, model: nn.Module, task: Task, settings: Settings, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.model, self.task, self.device, self.dtype = model, task, device, dtype
-        self.penalty, self.channels_last = settings.penalty, settings.channels_last
+        self.penalty, self.clip, self.channels_last = settings.penalty, settings.clip, settings.channels_last
         self.full = min(task.size, settings.batch_size)  # examples of a full batch, over all processes
         self.optimizer = make_optimizer(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -84,7 +88,16 @@ class Stepper:
             self.module = self._called()
         inputs = self._laid_out(inputs)
         return train_step(
-            self.module, self.task, inputs, targets, self.optimizer, self.scaler, self.dtype, self.penalty, weight
+            self.module,
+            self.task,
+            inputs,
+            targets,
+            self.optimizer,
+            self.scaler,
+            self.dtype,
+            self.penalty,
+            weight,
+            self.clip,
         )
 
     def _laid_out(self, inputs: Tensor) -> Tensor:

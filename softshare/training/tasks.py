@@ -61,8 +61,15 @@ class Task(ABC):
         return {}
 
 
+AUXILIARY_WEIGHT = 0.4
+"""Of an auxiliary head's loss, as in the sources of NASNet-A, AmoebaNet-B, DARTS, SNAS and ENAS."""
+
+
 class Classification(Task):
     """Images and labels, with cross-entropy; evaluation gives loss, accuracy and error (both in %).
+
+    Outputs are logits (N, classes) or, in training, from a network with auxiliary heads, (heads, N, classes): the loss of
+    every head but the first is added with weight `AUXILIARY_WEIGHT`.
 
     Args:
         train: the images to train on.
@@ -100,7 +107,10 @@ class Classification(Task):
         return f"{self.fingerprint} {self.augmentation}"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets)
+        if outputs.dim() == 2:
+            return F.cross_entropy(outputs, targets)
+        first, *others = (F.cross_entropy(logits, targets) for logits in outputs)
+        return first + AUXILIARY_WEIGHT * torch.stack(others).sum()
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
         if self.held_out is None:

@@ -12,14 +12,15 @@ from softshare.studies import PROFILES, RECIPES, STUDIES, find_recipe, make_plan
 PATHS = [name for name, recipe in RECIPES.items() if recipe.study == "paths"]
 
 
-def test_every_row_of_the_poster_that_is_ours_has_a_recipe():
+def test_every_row_of_the_poster_has_a_recipe():
     for table in tables.TABLES:
         for row in tables.paper_table(table):
-            assert (row["model"] in RECIPES) == ("WRN" in row["model"]), row["model"]
+            assert row["model"] in RECIPES, row["model"]
     networks = {recipe.network for recipe in RECIPES.values()}
     assert {"WRN 28-6", "SWRN 40-8-8", "CNN", "SCNN", "SCNN-5", "SCNN-1", "SCNN 100 layers"} <= networks
     assert {RECIPES[name].penalty for name in PATHS} == {0.0, 1e-2, 1e-3, 1e-4}
-    assert all(RECIPES[name].cutout == 16 * name.endswith("cutout") for name in RECIPES)
+    searched = {row["model"] for row in tables.paper_table("search")}  # all of these errors are with cutout
+    assert all(RECIPES[name].cutout == 16 * (name in searched or name.endswith("cutout")) for name in RECIPES)
     assert all(recipe.study in STUDIES for recipe in RECIPES.values())
 
 
@@ -40,9 +41,9 @@ def test_a_recipe_builds_the_network_of_its_name(name):
     with torch.device("meta"):
         net = study_of(plan).network(plan)
     banks = softshare.banks(net)
-    assert bool(banks) == name.startswith("S")
+    assert bool(banks) == plan.network.shared
     dropouts = {module.p for module in net.modules() if isinstance(module, torch.nn.Dropout)}
-    if RECIPES[name].study == "cifar":
+    if RECIPES[name].study == "cifar" and "WRN" in name:
         assert dropouts == {0.3 if "*" in name else 0.0}
         numbers = RECIPES[name].network.split(" ")[1].rstrip("*").split("-")
         assert net.classifier.in_features == 64 * int(numbers[1])
@@ -113,8 +114,9 @@ def test_profile_fast_is_float32_everywhere_and_the_others_are_free(name):
 
 def test_names_as_people_write_them_and_unknown_ones():
     assert find_recipe(" SWRN 28-6-2,  cutout ").name == "SWRN 28-6-2 cutout"
-    with pytest.raises(ValueError, match="unknown recipe 'ResNeXt-29 16x64'; known: WRN 28-10"):
-        make_plan("ResNeXt-29 16x64", "fast")
+    assert find_recipe("resnext-29 16x64").name == "ResNeXt-29 16x64"
+    with pytest.raises(ValueError, match="unknown recipe 'PNASNet'; known: ResNeXt-29 16x64"):
+        make_plan("PNASNet", "fast")
     with pytest.raises(ValueError, match="fast, gpu, short, paper"):
         make_plan("CNN", "quick")
     with pytest.raises(ValueError, match="below 2\\*\\*32"):

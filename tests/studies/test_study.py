@@ -90,13 +90,14 @@ def test_whatever_decides_the_outcome_changes_it():
     for field in dataclasses.fields(Schedule):
         value = getattr(plan.settings, field.name)
         others = {"optimizer": "sgd", "milestones": (0.5,), "cycle": 3, "weight_decay": 0.5, "penalty": 0.5, "seed": 3}
+        others |= {"annealing": "cosine", "least_rate": 0.5, "nesterov": False, "clip": 1.0}
         other = {field.name: others.get(field.name, value * 2)}
         changed = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, **other))
         found.add(identity(changed).hash)
-    for part in ("sizes", "augmentation"):
+    for part in ("sizes", "augmentation", "options"):
         found.add(identity(dataclasses.replace(plan, **{part: {**getattr(plan, part), "train": 3}})).hash)
     found.add(identity(dataclasses.replace(plan, network=plan.network.narrowed())).hash)
-    assert len(found) == 2 + len(dataclasses.fields(Schedule)) + 2 + 1
+    assert len(found) == 2 + len(dataclasses.fields(Schedule)) + 3 + 1
 
 
 def test_no_two_plans_share_an_identity():

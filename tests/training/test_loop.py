@@ -11,7 +11,16 @@ import torch.nn.functional as F
 
 import softshare
 from softshare import images, models, shortest_path
-from softshare.training import History, Settings, ShortestPaths, evaluate, fit, with_reestimated_statistics
+from softshare.training import (
+    Classification,
+    ForeignCheckpoint,
+    History,
+    Settings,
+    ShortestPaths,
+    evaluate,
+    fit,
+    with_reestimated_statistics,
+)
 
 
 def test_fit_is_plain_sgd_with_the_papers_recipe(task, small_net):
@@ -330,3 +339,70 @@ def test_an_unwritable_folder_for_checkpoints_is_an_error_before_training(task, 
     with pytest.raises(OSError, match="nothing can be written to the folder .*a file"):
         fit(small_net(), task, ONE, [lambda *_: called.append(1)], progress=False, checkpoints=tmp_path / "a file")
     assert not called
+
+
+class Applying(torch.nn.Module):
+    """A function as a module, whose text holds the function's address."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+    def extra_repr(self):
+        return str(self.function)
+
+
+def test_a_run_is_the_same_run_though_its_model_has_other_addresses(task, tmp_path):
+    def make():
+        torch.manual_seed(0)
+
+        def flat(x):
+            return x.flatten(1)
+
+        return torch.nn.Sequential(Applying(flat), torch.nn.Linear(192, 10))
+
+    first, second = make(), make()
+    assert str(first) != str(second) and " at 0x" in str(first)
+    fit(first, task, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+    with torch.no_grad():
+        second[1].weight.zero_()
+    fit(second, task, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+    assert torch.equal(first[1].weight, second[1].weight), "found finished"
+
+
+@pytest.mark.parametrize("change", ["frozen", "another loss"])
+def test_a_run_with_other_frozen_parameters_or_another_loss_is_another_run(task, digits, small_net, tmp_path, change):
+    fit(small_net(), task, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+    model, other = small_net(), task
+    if change == "frozen":
+        model[0].weight.requires_grad_(False)
+    else:
+        other = type("Own", (Classification,), {"loss": lambda self, outputs, targets: outputs.square().mean()})(
+            *digits
+        )
+        other.augmentation = task.augmentation
+    with pytest.warns(UserWarning), pytest.raises(ForeignCheckpoint, match="frozen|data"):
+        fit(model, other, ONE, progress=False, checkpoints=tmp_path, device="cpu")
+
+
+def test_extra_state_that_goes_wrong_in_training_costs_checkpoints_and_nothing_else(task, tmp_path):
+    model = Wrapped(extra={"mean": 0.0})
+
+    def spoil(model, epoch):
+        model.extra = {"mean": float("nan")} if epoch else {"mean": 0.0}
+
+    with pytest.warns(UserWarning, match="no checkpoint could be written .*_extra_state.*training continues"):
+        history = fit(model, task, ONE, [spoil], progress=False, checkpoints=tmp_path, device="cpu")
+    assert len(history) == 1
+
+
+def test_statistics_can_be_reestimated_under_inference_mode(task):
+    model = models.wrn(10, 1)
+    expected = with_reestimated_statistics(model, task.images[:50].float())
+    with torch.inference_mode():
+        found = with_reestimated_statistics(model, task.images[:50].float())
+    for mine, other in zip(found.buffers(), expected.buffers(), strict=True):
+        assert torch.equal(mine, other)

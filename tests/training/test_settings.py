@@ -32,7 +32,8 @@ def test_the_schedule_is_json_and_holds_nothing_of_the_execution():
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Schedule)])
 def test_every_part_of_the_schedule_distinguishes_runs(name):
     start = Settings(epochs=2)
-    other = {"optimizer": "adam", "milestones": (0.1,)}.get(name) or getattr(start, name) + 1
+    others = {"optimizer": "adam", "milestones": (0.1,), "annealing": "cosine", "nesterov": False}
+    other = others[name] if name in others else getattr(start, name) + 1
     assert dataclasses.replace(start, **{name: other}).schedule() != start.schedule()
 
 
@@ -139,3 +140,36 @@ def test_milestones_that_are_not_fractions_are_named(milestones):
 def test_seeds_that_no_generator_accepts_are_refused(seed):
     with pytest.raises(ValueError, match="seed must be from"):
         Settings(epochs=3, seed=seed)
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(0, 200))
+def test_cycles_that_grow_restart_one_after_another(cycle, growth, epoch):
+    """A plain walk through the cycles."""
+    schedule = Schedule(epochs=201, rate=0.5, annealing="cosine", least_rate=0.1, cycle=cycle, growth=growth)
+    start, length = 0, cycle
+    while start + length <= epoch:
+        start, length = start + length, length * growth
+    expected = 0.1 + 0.4 * (1 + math.cos(math.pi * (epoch - start) / length)) / 2
+    assert schedule.rate_of(epoch) == pytest.approx(expected)
+
+
+def test_a_cosine_starts_at_the_rate_and_ends_near_the_least():
+    schedule = Schedule(epochs=100, rate=0.4, annealing="cosine")
+    rates = [schedule.rate_of(epoch) for epoch in range(100)]
+    assert rates[0] == 0.4 and rates[50] == pytest.approx(0.2) and 0 < rates[-1] < 1e-3
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"annealing": "linear"}, ValueError, "unknown annealing 'linear'; known: steps, cosine"),
+        ({"least_rate": -1.0}, ValueError, "least_rate must be finite and at least 0"),
+        ({"clip": float("inf")}, ValueError, "clip must be finite"),
+        ({"growth": 0}, ValueError, "growth must be at least 1"),
+        ({"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
+    ],
+)
+def test_wrong_ways_to_anneal_are_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        Schedule(epochs=3, **wrong)

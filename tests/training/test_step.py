@@ -15,6 +15,7 @@ from torch import nn
 import softshare
 from softshare import models
 from softshare.training import Settings, fit, make_optimizer, step, train_step
+from softshare.training.step import Stepper
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -272,3 +273,21 @@ assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
         [sys.executable, "-c", code], env=os.environ | broken, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])
+def test_a_long_gradient_is_scaled_to_its_largest_norm(task, small_net, clip):
+    """Against plain PyTorch."""
+    ours, theirs = small_net(), small_net()
+    inputs, targets = task.batch(torch.arange(20), 0, 1)
+    settings = Settings(epochs=1, rate=0.1, precision="float32", clip=clip, nesterov=False, channels_last=False)
+    Stepper(ours, task, settings, torch.device("cpu"), torch.float32)(inputs, targets)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    task.loss(theirs(inputs), targets).backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in theirs.parameters()]).norm()
+    if clip and norm > clip:
+        for parameter in theirs.parameters():
+            parameter.grad *= clip / norm
+    optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softshare import models, shortest_path
+from softshare import images, models, shortest_path
+from softshare.models.searched import set_progress
 from softshare.training import Classification, Curriculum, Settings, ShortestPaths, Task, fit
 
 
@@ -157,3 +158,28 @@ def test_a_custom_task_stays_one_on_a_device(kind, digits):
     moved = own(*arguments).to(torch.device("cpu"))
     assert type(moved) is own and moved.size == own(*arguments).size
     assert moved.identity() == own(*arguments).identity()
+
+
+def test_the_loss_of_an_auxiliary_head_counts_at_four_tenths(task):
+    outputs, targets = torch.randn(2, 7, 10), torch.arange(7)
+    expected = F.cross_entropy(outputs[0], targets) + 0.4 * F.cross_entropy(outputs[1], targets)
+    torch.testing.assert_close(task.loss(outputs, targets), expected)
+    torch.testing.assert_close(task.loss(outputs[0], targets), F.cross_entropy(outputs[0], targets))
+
+
+def test_a_network_with_an_auxiliary_head_trains_and_resumes(digits, tmp_path):
+    """Its progress for drop-path travels in checkpoints."""
+    train, test = (images.load("digits", split).split(40)[0].shrunk(2) for split in ("train", "test"))
+
+    def run(**how):
+        torch.manual_seed(0)
+        net = models.cell_network("NASNet-A", 4, repeats=1, auxiliary=True, drop_path=0.4, side=16)
+        tell = [lambda model, epoch: set_progress(model, epoch / 3)]
+        settings = Settings(epochs=3, batch_size=20, rate=0.01, precision="float32")
+        return fit(net, Classification(train, test), settings, tell, progress=False, device="cpu", **how), net
+
+    history, net = run(checkpoints=tmp_path)
+    assert {"held_out_accuracy", "held_out_loss"} <= set(history[-1]) and float(net.cells[0].drop.progress) == 1.0
+    again, resumed = run(checkpoints=tmp_path)
+    assert [row["loss"] for row in again] == [row["loss"] for row in history]
+    assert float(resumed.cells[0].drop.progress) == 1.0
