@@ -228,9 +228,7 @@ def test_a_path_from_outside_expands_the_home_folder_or_reports_that_there_is_no
     assert files.user_path("~/x") == tmp_path / "x" and files.user_path(Path("~/x.y")) == tmp_path / "x.y"
     request.getfixturevalue("homeless")
     assert files.user_path("x") == Path("x")
-    with pytest.raises(
-        FileNotFoundError, match="'~/x' begins with ~, but .* is not known; set HOME"
-    ):
+    with pytest.raises(FileNotFoundError, match="'~/x' begins with ~, but .* is not known; set HOME"):
         files.user_path("~/x")
 
 

@@ -120,6 +120,7 @@ def test_every_module_has_its_tests():
         ("models", "blocks"): "test_folded.py",
         ("images", "sets"): "images/test_loading.py",
         ("pictures", "charts"): "pictures/test_mixing_chart.py",
+        ("speed", "records"): "speed/test_benchmark.py",
         ("speed", "steps"): "speed/test_benchmark.py",
     }
     for path in FILES:

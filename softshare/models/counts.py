@@ -58,6 +58,6 @@ def _multiply_adds(network: Network, side: int, options: tuple[tuple[str, Any], 
     from torch.utils.flop_counter import FlopCounterMode
 
     images = torch.zeros(1, 2 if network.grids else 3, side, side, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _built(network, dict(options))(images)
     return counter.get_total_flops() // 2

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -36,6 +34,8 @@ from ..training.devices import pick_device, pick_precision, precision_name, stan
 from ..training.environment import environment
 from ..training.processor import processor_name
 from ..training.tasks import Classification
+from . import networks
+from .records import check_content, check_seconds, default_output, in_six_digits, load, read_fields
 from .steps import Call, authors, batches, noise, ours
 
 FORMAT = "softshare benchmark 3"
@@ -261,40 +261,23 @@ def table(record: Mapping[str, Any]) -> str:
 
 def load_benchmark(path: str | Path) -> dict[str, Any]:
     """Read a record. Raises a ValueError that says what is wrong with it, FileNotFoundError if there is none."""
-    try:
-        record = json.loads(files.user_path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f'{path} lacks "format": "{FORMAT}"')
-    for part, kind in _PARTS.items():
-        if not isinstance(record.get(part), kind):
-            raise ValueError(f"{path}: {part!r} is missing or not of type {kind.__name__}")
+    record = read_fields(path, FORMAT, _PARTS)
     for part in _TIMED:
-        seconds = record[part].get("seconds")
-        if not isinstance(seconds, dict) or not seconds:
-            raise ValueError(f"{path}: {part!r} has no lists of seconds")
-        for name, each in seconds.items():
-            good = isinstance(each, list) and all(isinstance(value, float) and 0 < value < math.inf for value in each)
-            if not good or len(each) != record["rounds"]:
-                raise ValueError(f"{path}: seconds of {name!r} in {part!r} are not one positive number per round")
+        check_seconds(path, record, record[part].get("seconds"), part)
     for each in record["targets"]:
         if not isinstance(each, dict) or not {"what", "target", "measured", "met"} <= set(each):
             raise ValueError(f"{path}: a target lacks what, target, measured or met: {each!r}")
-    if record["content"] != files.content_checksum(record):
-        raise ValueError(f"{path}: its content does not match the checksum in it; it was changed by hand")
+    check_content(path, record)
     return record
-
-
-def default_output(hardware: str) -> Path:
-    """Where the record of a machine goes: data/benchmarks in a checkout, ./benchmarks elsewhere."""
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", hardware.lower())).strip("-")
-    return files.data_folder("benchmarks") / f"{slug}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the record; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--networks" in argv:
+        return networks.main([each for each in argv if each != "--networks"])
     parser = ArgumentParser(prog="softshare bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", action="store_true", help="time all networks of the poster (--networks --help)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1: the steadiest)")
     parser.add_argument("--rounds", type=int, default=15, help="turns per candidate (default 15)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
@@ -323,13 +306,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         models.build(setup.model)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    load = getattr(os, "getloadavg", lambda: [math.nan])  # Windows has none
-    machine = {"processor": processor_name(), "cores": os.cpu_count(), "load before": load()[0]}
+    machine = {"processor": processor_name(), "cores": os.cpu_count(), "load before": load()}
     record = {"format": FORMAT, "quick": setup.quick, "threads": setup.threads, "rounds": setup.rounds} | measure(setup)
     record |= {"device": str(setup.device), "versions": environment(setup.device) | {"precision": record["precision"]}}
     record["gpu"] = torch.cuda.get_device_name(setup.device) if setup.cuda else NOT_MEASURED
-    record["machine"] = machine | {"load after": load()[0]}
-    record = json.loads(json.dumps(record), parse_float=lambda digits: float(f"{float(digits):.6g}"))  # six are enough
+    record["machine"] = machine | {"load after": load()}
+    record = in_six_digits(record)
     record["targets"] = targets(record)
     print(table(record), flush=True)
     given = files.user_path(setup.output) if setup.output else None

@@ -26,16 +26,16 @@ from ..training.tasks import Classification
 Call = Callable[[], object]
 
 
-def noise(images: int, device: torch.device) -> Classification:
-    """Random 32 x 32 images with labels, on the device."""
+def noise(images: int, device: torch.device, side: int = 32) -> Classification:
+    """Random images of `side` x `side` pixels with labels of ten classes, on the device."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
     data = ImageSet(pixels, torch.randint(10, (images,), generator=generator), tuple("0123456789"), "noise", "")
     return Classification(data, None, Augmentation(*STATISTICS["CIFAR-10"])).to(device)
 
 
 def batches(task: Classification, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Our data path as an endless stream of full batches: inputs (N, 3, 32, 32) in channels_last, targets (N,)."""
+    """Our data path as an endless stream of full batches: inputs (N, 3, H, W) in channels_last, targets (N,)."""
     device, order = task.images.device, torch.Generator().manual_seed(0)
     task = task.to(device)  # a copy, since a task keeps the draws of one epoch
     for epoch in itertools.count(1):

@@ -9,6 +9,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ..models import Network, multiply_adds, parameters
+from ..training.settings import Schedule
+from .sources import SOURCES
 from .tables import COLUMNS, paper_table
 
 NOT_MEASURED = "not measured"
@@ -121,6 +123,38 @@ def readings() -> list[dict[str, str]]:
         }
         for reading in READINGS
     ]
+
+
+def schedules() -> list[dict[str, str]]:
+    """How each compared network is trained in profile "paper", after its own source, and what the source does not say."""
+    rows = []
+    for name, source in SOURCES.items():
+        chosen = Schedule(**source.schedule)
+        falls = (
+            "cosine" if chosen.annealing == "cosine" else f"/ {1 / chosen.factor:g} at {_percents(chosen.milestones)}"
+        )
+        cycles = f", restarts after {chosen.cycle}, {chosen.cycle * (1 + chosen.growth)}, ..." if chosen.cycle else ""
+        extras = [f"gradient norm at most {chosen.clip:g}"] if chosen.clip else []
+        extras += (
+            [f"drop-path {source.options['drop_path']:g}", "auxiliary head"] if "drop_path" in source.options else []
+        )
+        extras += [f"dropout {source.options['dropout']:g}"] if "dropout" in source.options else []
+        rows.append(
+            {
+                "network": name,
+                "epochs": str(chosen.epochs),
+                "batch": str(chosen.batch_size),
+                "rate": f"{chosen.rate:g}, {falls}{cycles}",
+                "weight decay": f"{chosen.weight_decay:g}",
+                "with": ", ".join(extras) or "-",
+                "source": source.note,
+            }
+        )
+    return rows
+
+
+def _percents(fractions: Sequence[float]) -> str:
+    return " and ".join(f"{100 * fraction:.0f}%" for fraction in fractions)
 
 
 def _costs(network: Network, timings: Sequence[Mapping[str, Any]]) -> dict[str, str]:

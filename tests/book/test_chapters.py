@@ -110,6 +110,15 @@ def test_results(top, tmp_path):
     assert found["largest_parameter_gap"] < 1  # the poster's numbers are rounded, some of them down
 
 
+def test_compared(top, tmp_path):
+    (record,) = run(top, "compared", tmp_path)
+    found = record["metrics"]
+    assert found["networks"] == 11 + 12 + 4  # the rows of the poster's tables
+    assert found["largest_parameter_difference"] < 0.02
+    assert found["twin_difference"] < 1e-3
+    assert found["work_of_shared"] == 1.0 and 0.4 < found["work_of_twin"] < 0.5
+
+
 def test_every_number_of_ours_on_the_results_page_comes_from_a_record(top, tmp_path):
     """With records of known content, every filled cell of ours shows one of them, and every record fills a cell."""
 
@@ -142,7 +151,7 @@ def test_every_number_of_ours_on_the_results_page_comes_from_a_record(top, tmp_p
             for name, cell in zip(names, row, strict=True):
                 if "measured here" in name or name.startswith("phase"):
                     filled.add((row[0].text, name, cell.text))
-    filled = {each for each in filled if each[2] not in ("not run", "not part of this project")}
+    filled = {each for each in filled if each[2] not in ("not run", "not planned")}
     expected = {("SWRN 28-6-2 cutout", "C-10, measured here", "3.25 ± 0.18 (2 runs, paper, CIFAR-10 (JPEG))")}
     expected.add(("WRN 28-6 cutout", "C-10, measured here", "3.50 (1 run, paper, CIFAR-10 (JPEG))"))
     for n in range(1, 6):

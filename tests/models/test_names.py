@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from softshare import models
 from softshare.models import Network
 from softshare.models.names import CELL_WIDTHS, GRID_LAYERS, GRID_WIDTH
 
@@ -268,3 +269,26 @@ def test_any_other_network_goes_through_its_name(depth, width):
     names += [f"DenseNet {depth}-{width}", f"DenseNet-BC {depth}-{width}", f"ENAS width {width}"]
     for network in map(parse, names):
         assert parse(str(network)) == network
+
+
+@pytest.mark.parametrize(
+    "name, twin",
+    [
+        ("SWRN 28-6-2", "WRN 16-6"),
+        ("SWRN 28-10-2*", "WRN 16-10*"),
+        ("SWRN 28-10-4", "WRN 22-10"),
+        ("SWRN 40-8-8", "WRN 34-8"),
+        ("SWRN 28-10", "WRN 28-10"),
+        ("SWRN 28-10-1", None),
+        ("WRN 28-10", None),
+        ("SWRN 50-2-2", None),
+        ("SCNN-4", None),
+        ("DARTS", None),
+    ],
+)
+def test_the_twin_has_as_many_layers_as_there_are_templates(name, twin):
+    found = parse(name).twin
+    assert found == (parse(twin) if twin else None)
+    if found:
+        n, m = models.parameters(found), models.parameters(name)
+        assert abs(n / m - 1) < 2e-3

@@ -22,7 +22,7 @@ import torch
 from softshare import files, models, pictures
 from softshare.images import STATISTICS, Augmentation, ImageSet
 from softshare.sharing import banks, shared_layers
-from softshare.speed import benchmark, steps
+from softshare.speed import benchmark, networks, steps
 from softshare.training.tasks import Classification
 
 matplotlib.use("Agg")
@@ -436,7 +436,7 @@ def test_a_truncated_record_and_a_missing_one_are_distinguished(written, tmp_pat
 
 def test_every_stored_record_loads():
     kept = sorted((Path(benchmark.__file__).parents[2] / "data" / "benchmarks").glob("*.json"))
-    assert not any(benchmark.load_benchmark(path)["quick"] for path in kept)
+    assert not any(benchmark.load_benchmark(path)["quick"] for path in kept if not path.match(networks.PATTERN))
 
 
 def test_the_plot_shows_medians_and_their_range(written):

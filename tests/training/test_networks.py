@@ -73,6 +73,7 @@ def test_the_loss_on_one_batch_of_larger_images_falls(name, tmp_path):
     assert falls(model, StreamedImages(tmp_path, side=64, workers=0), 0.02, 24) < 0.8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*CIFAR, *IMAGENET])
 def test_the_whole_graph_of_a_network_is_captured_for_compiling(name):
     """Without the slow part, making kernels of it."""
