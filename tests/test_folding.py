@@ -225,6 +225,7 @@ def edited(change):
         "{",
         "null",
         "[]",
+        "[" * 100_000,
         "{}",
         '{"format": "other", "threshold": 0.9, "groups": []}',
         '{"format": "softshare fold plan 2", "groups": []}',
