@@ -207,6 +207,13 @@ def test_a_process_without_its_own_gpu_is_an_error(set_launcher, monkeypatch):
         distributed.process_group(torch.device("cuda")).__enter__()
 
 
+def test_a_process_that_does_not_know_its_gpu_is_an_error(set_launcher):
+    """All processes of a machine would take the first one."""
+    set_launcher(WORLD_SIZE="2", RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    with pytest.raises(ValueError, match="LOCAL_RANK is not set, .*start it by torchrun"):
+        distributed.process_group(torch.device("cuda")).__enter__()
+
+
 @pytest.mark.long
 def test_sharding_the_whole_model_works_and_sharding_blocks_is_an_error(tmp_path):
     """`fully_shard` keeps a part of each parameter in each process, and gathers those of a block for its pass."""
