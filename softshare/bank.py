@@ -77,6 +77,7 @@ class WeightSource(nn.Module):
     frozen_on_purpose = False
 
     def requires_grad_(self, requires_grad: bool = True) -> WeightSource:
+        """As for any module; freezing by this call is deliberate."""
         self.frozen_on_purpose = not requires_grad
         return super().requires_grad_(requires_grad)
 
