@@ -70,7 +70,7 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "softshare"
     try:
         return _temporary_cache()
-    except OSError:  # nowhere at all: whoever wants to keep something there finds that it cannot be written
+    except OSError:  # nothing can be written anywhere: a folder that cannot be made, so nothing is kept
         return Path(os.devnull) / "softshare"
 
 

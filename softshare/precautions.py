@@ -228,7 +228,7 @@ def guard_data_parallel(shared: type[nn.Module]) -> None:
 def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequence[tuple[str, nn.Module]]) -> None:
     """Warn if the parameters of one shared layer were frozen: that freezes the whole group, or nothing of its weight.
 
-    What was meant is told from what lies around the layers: their biases or, in layers without, what else their block holds.
+    The intention is inferred from the parameters around the weights: from biases, or else from the rest of the block.
 
     Args:
         model: the model that the layers belong to.
@@ -242,9 +242,9 @@ def warn_of_partial_freezing(model: nn.Module, source: nn.Module, users: Sequenc
         frozen = [name for name, mine in clues.items() if mine and not any(p.requires_grad for p in mine)]
         if frozen and any(p.requires_grad for mine in clues.values() for p in mine):
             warnings.warn(
-                f"the weights of {', '.join(frozen)} are not frozen, though what lies around them is: they are mixed "
-                f"from the bank {bank!r} and keep learning. To freeze a single layer, freeze it before share_, which "
-                "leaves frozen layers alone",
+                f"the weights of {', '.join(frozen)} are not frozen, although the parameters around them are: they are "
+                f"mixed from the bank {bank!r} and keep learning. To freeze a single layer, freeze it before share_, "
+                "which leaves frozen layers alone",
                 stacklevel=3,
             )
     elif not any(getattr(module, "frozen_on_purpose", False) for module in source.modules()):

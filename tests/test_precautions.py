@@ -43,7 +43,7 @@ def test_freezing_another_layer_warns():
     share_(model, 2)
     freeze(model[3])
     with pytest.warns(
-        UserWarning, match="the weights of 3 are not frozen, though .*bank 'Linear 8x8' and keep learning"
+        UserWarning, match="the weights of 3 are not frozen, although .*bank 'Linear 8x8' and keep learning"
     ):
         decay_groups(model, 0.1)
     folded = softshare.fold(model, 1.0)
@@ -357,12 +357,12 @@ def test_freezing_a_block_of_a_network_without_biases_is_warned_of():
     """Its BatchNorms show what was meant."""
     model = softshare.models.swrn(28, 1)
     model.stage1[2].requires_grad_(False)
-    with pytest.warns(UserWarning, match="the weights of stage1.2.conv1, stage1.2.conv2 are not frozen, though"):
+    with pytest.warns(UserWarning, match="the weights of stage1.2.conv1, stage1.2.conv2 are not frozen, although"):
         decay_groups(model, 0.0)
     model = softshare.models.swrn(28, 1)
     model.requires_grad_(False)
     model.stage1[1].requires_grad_(True)  # to train this block alone
-    with pytest.warns(UserWarning, match="the weights of .*stage1.2.conv1.* are not frozen, though"):
+    with pytest.warns(UserWarning, match="the weights of .*stage1.2.conv1.* are not frozen, although"):
         decay_groups(model, 0.0)
 
 
