@@ -99,7 +99,9 @@ class Convention:
         relu_at_end: whether a ReLU comes before the mean over pixels.
         bias: whether the classifier has one.
         auxiliary_at: where the auxiliary head is: after the cell "before", "at" or "after" the second reduction.
-        drop_by_depth: whether the probability of dropping a path grows with the cell's number.
+        auxiliary_mean: whether the head's last convolution keeps the size, and a mean over pixels follows; else it
+        reads all. drop_by_depth: whether the probability of dropping a path grows with the cell's number.
+        drops_strided_identity: whether an identity at stride 2, which computes something, may be dropped.
         init: how convolutions start: normal with variance 2 / "fan_out" or 2 / "fan_in", or PyTorch's "default".
     """
 
@@ -110,18 +112,20 @@ class Convention:
     relu_at_end: bool
     bias: bool
     auxiliary_at: str
+    auxiliary_mean: bool
     drop_by_depth: bool
+    drops_strided_identity: bool
     init: str
 
 
-_NASNET = Convention("if needed", True, True, False, True, True, "before", True, "fan_out")
-_DARTS = Convention("always", False, False, False, False, True, "at", False, "default")
+_NASNET = Convention("if needed", True, True, False, True, True, "before", False, True, False, "fan_out")
+_DARTS = Convention("always", False, False, False, False, True, "at", False, False, True, "default")
 CONVENTIONS = {
     "NASNet-A": _NASNET,
-    "AmoebaNet-B": _NASNET,
+    "AmoebaNet-B": replace(_NASNET, drop_by_depth=False),
     "DARTS": _DARTS,
     "SNAS": replace(_DARTS, norm_after_pool=True),
-    "ENAS": Convention("twice", False, True, False, True, False, "after", True, "fan_in"),
+    "ENAS": Convention("twice", False, True, False, True, False, "after", True, True, False, "fan_in"),
 }
 """By family; sources: tensorflow/models@research/slim/nets/nasnet (NASNet-A), tensorflow/tpu@models/official/amoeba_net
 (AmoebaNet-B), quark0/darts@cnn (DARTS), SNAS-Series/SNAS-Series@SNAS (SNAS), melodyguan/enas@src/cifar10 (ENAS).
@@ -269,7 +273,8 @@ class CellModule(nn.Module):
             for block in cell.blocks
             for name, state in block
         )
-        self.kept = [name == "id" and not (reduces and state < 2) for block in cell.blocks for name, state in block]
+        may_drop = convention.drops_strided_identity and reduces
+        self.kept = [name == "id" and not (may_drop and state < 2) for block in cell.blocks for name, state in block]
         self.raw_output: nn.Module | None = None
         if raw and 0 in cell.output and widths[0] != channels:
             self.raw_output = nn.Sequential(convolution(widths[0], channels), nn.BatchNorm2d(channels))

@@ -35,21 +35,37 @@ def set_progress(model: nn.Module, fraction: float) -> None:
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier on features in the middle, for training alone: (N, C, H, W) to (N, num_classes)."""
+    """A second classifier on features in the middle, for training alone: (N, C, H, W) to (N, num_classes).
 
-    def __init__(self, before: int, side: int, num_classes: int, bias: bool) -> None:
+    ReLU, 5x5 average pooling at stride 3, 1x1 convolution to 128 channels, a convolution of the size that is left to
+    768, each with BatchNorm and ReLU, linear. `mean` as `Convention.auxiliary_mean`.
+    """
+
+    def __init__(self, before: int, side: int, num_classes: int, bias: bool, mean: bool) -> None:
         super().__init__()
-        small = (side - 5) // 3 + 1  # after pooling
-        if small < 1:
+        left = (side - 5) // 3 + 1  # pixels after pooling
+        if left < 1:
             raise ValueError(f"the auxiliary head needs features of at least 5 x 5 pixels, got {side} x {side}")
+        around = (left - 1) // 2, left - 1 - (left - 1) // 2
+        padding = [nn.ZeroPad2d(around * 2)] if mean else []
         self.features = nn.Sequential(
             *(nn.ReLU(), nn.AvgPool2d(5, 3), convolution(before, 128), nn.BatchNorm2d(128), nn.ReLU()),
-            *(nn.Conv2d(128, 768, small, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten()),
+            *(*padding, nn.Conv2d(128, 768, left, bias=False), nn.BatchNorm2d(768), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         )
         self.classifier = nn.Linear(768, num_classes, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return logits(self.features(x), self.classifier)
+
+
+@torch.fx.wrap  # a single step of a traced network, since it looks at sizes
+def halved_twice(images: Tensor) -> Tensor:
+    """The images themselves. Raises ValueError if their sides cannot be halved twice."""
+    high, wide = images.shape[-2:]
+    if high % 4 or wide % 4:
+        raise ValueError(f"the sides of images must be divisible by 4, since two cells halve them, got {high} x {wide}")
+    return images
 
 
 class CellNetwork(nn.Module):
@@ -86,11 +102,12 @@ class CellNetwork(nn.Module):
         self.classifier = nn.Linear(before[1], num_classes, bias=convention.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        before_previous = previous = self.stem(images)  # (N, 3 F, H, W)
+        before_previous = previous = self.stem(halved_twice(images))  # (N, 3 F, H, W)
         second: Tensor | None = None
         for place, cell in enumerate(self.cells):
             before_previous, previous = previous, cell(before_previous, previous)
-            if place == self.auxiliary_after and self.auxiliary is not None and self.training:
+            # A single image leaves BatchNorm nothing to normalise in the head, so it trains without.
+            if place == self.auxiliary_after and self.auxiliary is not None and self.training and len(images) > 1:
                 second = self.auxiliary(previous)
         x = mean_over_pixels(F.relu(previous) if self.relu_at_end else previous)  # (N, classifier's inputs)
         first = logits(self.dropout(x), self.classifier)
@@ -130,11 +147,11 @@ def cell_network(
         cell: a name of `softshare.models.cells.genotypes`; default: the reading above.
         repeats: normal cells in a row.
         auxiliary: whether to add the source's second head, for training; `softshare.training.Classification` weighs its loss
-            by 0.4, as all sources do.
-        drop_path: probability of dropping an operation's result at the end of training, see `set_progress`; the sources have
-            0.4 (NASNet-A, ENAS), 0.3 (AmoebaNet-B) and 0.2 (DARTS, SNAS), and let it grow with depth in NASNet-A,
-            AmoebaNet-B and ENAS.
-        dropout: before the classifier; ENAS has 0.2.
+            by 0.4, as the sources do that state a weight.
+        drop_path: probability of dropping an operation's result at the end of training, see `set_progress`. The sources have
+            0.4 (NASNet-A, ENAS), growing with depth, and 0.2 (DARTS, SNAS); for AmoebaNet-B on CIFAR-10,
+            reimplementations use 0.3. The progress is a buffer: load such weights into a network that was built with
+        drop-path, too. dropout: before the classifier; ENAS has 0.2.
         side: of the images in pixels; only the auxiliary head depends on it.
 
     Raises:
@@ -145,6 +162,8 @@ def cell_network(
     for name, size in (("width", width), ("num_classes", num_classes), ("repeats", repeats), ("side", side)):
         count(name, size)
     for name, probability in (("drop_path", drop_path), ("dropout", dropout)):
+        if isinstance(probability, bool) or not isinstance(probability, (int, float)):
+            raise TypeError(f"{name} must be a number, got {probability!r}")
         if not 0.0 <= probability < 1.0:
             raise ValueError(f"{name} must be at least 0 and below 1, got {probability}")
     if family not in CONVENTIONS:
@@ -159,7 +178,8 @@ def cell_network(
     if auxiliary:
         at = model.cells[model.auxiliary_after]
         here = side // (2 if convention.auxiliary_at == "before" else 4)
-        model.auxiliary = AuxiliaryHead(at.out_channels, here, num_classes, convention.bias)  # type: ignore[arg-type]
+        head = AuxiliaryHead(at.out_channels, here, num_classes, convention.bias, convention.auxiliary_mean)  # type: ignore
+        model.auxiliary = head
     if drop_path:
         for number, module in enumerate(model.cells, start=1):
             module.drop = DropPath(drop_path * (number / len(model.cells) if convention.drop_by_depth else 1.0))
@@ -168,10 +188,14 @@ def cell_network(
 
 
 def _initialise(model: nn.Module, init: str) -> None:
+    if init == "default":
+        return
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and init != "default":
+        if isinstance(module, nn.Conv2d):
             size = module.kernel_size[0] * module.kernel_size[1]
             fan = (module.out_channels if init == "fan_out" else module.in_channels) // module.groups * size
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode=init)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

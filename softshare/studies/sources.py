@@ -1,7 +1,7 @@
 """How the networks that the poster compares with were trained by those who published them.
 
-The schedules are those of profile "paper"; shorter profiles keep their shape. Rates are per epoch here, while the
-sources that anneal by a cosine change the rate at every step, and what a source does not say is marked in its note.
+The schedules are those of profile "paper"; shorter profiles keep their shape, with shorter and fewer cycles. Rates
+are per epoch here, even if a source changes them at every step. Notes mark what a source does not say, or what differs here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SOURCES: dict[str, Source] = {
     "DenseNet 100-24": Source(_DENSE, {}, "liuzhuang13/DenseNet@README.md, opts.lua"),
     "DenseNet 190-40": Source(_DENSE, {}, "liuzhuang13/DenseNet@README.md, opts.lua"),
     "NASNet-A": _NASNET,
-    "NASNet-A 27.6M": _NASNET,
+    "NASNet-A 27.6M": _NASNET._replace(options={**_NASNET.options, "cell": "NASNet-A figure"}),
     "AmoebaNet-B": _AMOEBA,
     "AmoebaNet-B 13.7M": _AMOEBA,
     "AmoebaNet-B 34.9M": _AMOEBA,
@@ -77,14 +77,18 @@ SOURCES: dict[str, Source] = {
             "least_rate": 1e-4,
             "cycle": 10,
             "growth": 2,
-            "weight_decay": 2e-4,
+            "weight_decay": 4e-4,
         },
         {"auxiliary": True, "drop_path": 0.4, "dropout": 0.2},
-        "melodyguan/enas@scripts/cifar10_micro_final.sh; clipping is meant there but has no effect, so there is none here",
+        "melodyguan/enas@scripts/cifar10_micro_final.sh, without clipping, which has no effect there; its 2e-4 of L2 is not "
+        "halved, so the decay is 4e-4; cutout, as for the quoted error, is off in the script",
     ),
     "DenseNet-264": Source(_IMAGENET, {}, "liuzhuang13/DenseNet@opts.lua; the recipe of this depth is not stated"),
     "ResNet-200": Source(
-        _IMAGENET, {}, "facebookarchive/fb.resnet.torch@opts.lua; whether this depth trained longer is not stated"
+        _IMAGENET,
+        {},
+        "facebookarchive/fb.resnet.torch@opts.lua, without its colour jitter; whether this depth trained longer is not "
+        "stated",
     ),
 }
 """By the network's name on the poster.

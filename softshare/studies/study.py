@@ -58,11 +58,24 @@ class Recipe:
         return self.penalty[profile] if isinstance(self.penalty, Mapping) else self.penalty
 
     def as_published(self, settings: Settings, profile: str) -> Settings:
-        """Settings with the schedule of the recipe's source, if it has one; only profile "paper" takes its epochs."""
+        """Settings with the schedule of the recipe's source, if it has one.
+
+        Profiles other than "paper" keep their epochs, and cycles are shortened so that the last one ends with them.
+        """
         if self.source is None:
             return settings
-        epochs = self.source.schedule["epochs"] if profile == "paper" else settings.epochs
-        return replace(settings, **{**self.source.schedule, "epochs": epochs})
+        schedule = dict(self.source.schedule)
+        if profile != "paper":
+            del schedule["epochs"]
+            if "cycle" in schedule:
+                schedule["cycle"] = _cycle_that_fits(settings.epochs, schedule["growth"])
+        return replace(settings, **schedule)
+
+
+def _cycle_that_fits(epochs: int, growth: int) -> int:
+    """The first of as many growing cycles as fill the epochs exactly; a single cycle always does."""
+    sums = [sum(growth**number for number in range(cycles)) for cycles in range(1, epochs + 1)]
+    return epochs // max(length for length in sums if length <= epochs and epochs % length == 0)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Task(ABC):
 
 
 AUXILIARY_WEIGHT = 0.4
-"""Of an auxiliary head's loss, as in the sources of NASNet-A, AmoebaNet-B, DARTS, SNAS and ENAS."""
+"""The weight of an auxiliary head's loss, as in the sources of NASNet-A, DARTS, SNAS and ENAS."""
 
 
 class Classification(Task):

@@ -9,7 +9,7 @@ from torch import nn
 
 import softshare
 from softshare import models
-from softshare.models import cell_network, multiply_adds, parameters
+from softshare.models import cell_network, cells, multiply_adds, parameters
 from softshare.models.cells import DropPath
 from softshare.models.searched import set_progress
 
@@ -138,7 +138,13 @@ def test_sharing_and_folding_work(family):
 
 
 def test_drop_path_grows_with_training_and_in_some_sources_with_depth():
-    for family, expected in (("DARTS", [0.2] * 5), ("NASNet-A", [0.04, 0.08, 0.12, 0.16, 0.2])):
+    growing = [0.04, 0.08, 0.12, 0.16, 0.2]
+    for family, expected in (
+        ("DARTS", [0.2] * 5),
+        ("AmoebaNet-B", [0.2] * 5),
+        ("NASNet-A", growing),
+        ("ENAS", growing),
+    ):
         model = small(family, drop_path=0.2)
         drops = [module for module in model.modules() if isinstance(module, DropPath)]
         assert [drop.probability for drop in drops] == pytest.approx(expected)
@@ -152,17 +158,55 @@ def test_drop_path_grows_with_training_and_in_some_sources_with_depth():
         set_progress(model, 1.5)
 
 
-def test_identities_are_never_dropped():
-    model = small("DARTS", drop_path=0.9)
-    set_progress(model, 1.0)
-    kept = [[name for name, keep in zip(names, cell.kept, strict=True) if keep]
-            for cell in model.cells
-            for names in [[name for block in cell.cell.blocks for name, _ in block]]]  # fmt: skip
-    assert {name for names in kept for name in names} == {"id"}
-    reducing = model.cells[1]
-    assert sum(reducing.kept) == 3, (
-        "all identities of DARTS' reduction cell read blocks; one at stride 2 would be dropped"
-    )
+def test_identities_are_not_dropped_unless_they_have_a_stride_and_are_of_darts():
+    """In DARTS, an identity at stride 2 is a factorized reduction like any other operation; ENAS spares it."""
+    for family, name, spared in (("ENAS", None, True), ("DARTS", "DARTS V1", True)):
+        model = small(family, cell=name, drop_path=0.9)
+        for cell in model.cells:
+            names = [name for block in cell.cell.blocks for name, _ in block]
+            assert [name == "id" for name in names] == cell.kept or not spared
+    assert ("id", 0) in [operation for block in small("ENAS").cells[1].cell.blocks for operation in block]
+    strided = cells.read_cell({"blocks": [["id(0)", "sep3(1)"]], "output": [2]})
+    for family, kept in (("DARTS", False), ("SNAS", False), ("ENAS", True), ("NASNet-A", True)):
+        module = cells.CellModule(strided, (4, 4), 4, True, False, False, cells.CONVENTIONS[family])
+        assert module.kept == [kept, False], family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_auxiliary_head_is_that_of_the_source(family):
+    """ENAS pads its last convolution and averages; in the others it reads all that is left."""
+    model = small(family, auxiliary=True)
+    head, side = model.auxiliary, {"NASNet-A": 16, "AmoebaNet-B": 16}.get(family, 8)
+    x = torch.randn(3, model.cells[model.auxiliary_after].out_channels, side, side)
+    shapes = []
+    head.features[-2].register_forward_hook(lambda _, given, __: shapes.append(tuple(given[0].shape)))
+    assert head(x).shape == (3, 10)
+    left = 2 if family == "ENAS" else 1
+    assert shapes == [(3, 768, left, left)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_image_trains_without_the_auxiliary_head(family):
+    """As the last batch of an epoch may be; BatchNorm cannot normalise one number per channel."""
+    model = small(family, auxiliary=True)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10) and model(torch.randn(2, 3, 32, 32)).shape == (2, 2, 10)
+
+
+def test_sides_that_cannot_be_halved_twice_are_named():
+    with pytest.raises(ValueError, match="divisible by 4, since two cells halve them, got 32 x 30"):
+        small("DARTS")(torch.randn(1, 3, 32, 30))
+
+
+def test_convolutions_start_as_in_each_source():
+    """The spread of a wide layer's weights shows which fan was taken, groups counted."""
+    for family, expected in (("NASNet-A", (2 / (12 * 9)) ** 0.5), ("ENAS", (2 / 27) ** 0.5)):
+        torch.manual_seed(0)
+        stem = cell_network(family, 4, repeats=1).stem[0].weight
+        assert float(stem.std()) == pytest.approx(expected, rel=0.2)
+    depthwise = cell_network("NASNet-A", 64, repeats=1).cells[1].operations[0][1]
+    depthwise = depthwise[1] if isinstance(depthwise, nn.Sequential) else depthwise
+    assert depthwise.groups == depthwise.out_channels
+    assert float(depthwise.weight.std()) == pytest.approx((2 / 25) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +217,13 @@ def test_identities_are_never_dropped():
         (("DARTS", 0), {}, "width must be at least 1"),
         (("DARTS", 4), {"repeats": 0}, "repeats must be at least 1"),
         (("DARTS", 4), {"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
+        (("DARTS", 4), {"drop_path": "x"}, "drop_path must be a number, got 'x'"),
         (("DARTS", 4), {"side": 30}, "divisible by 4"),
         (("DARTS", 4), {"side": 16, "auxiliary": True}, "at least 5 x 5 pixels, got 4 x 4"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         cell_network(*arguments, **options)
 
 

@@ -77,6 +77,21 @@ def test_enas_restarts_with_doubled_periods():
         for e in range(length)
     ]
     assert len(expected) == 630 and rates("ENAS") == pytest.approx(expected)
+    assert make_plan("ENAS", "paper").settings.weight_decay == 4e-4, "L2 of 2e-4 without the usual half"
+
+
+@pytest.mark.parametrize(("profile", "lengths"), [("fast", [8]), ("gpu", [10]), ("short", [2, 4, 8, 16])])
+def test_shorter_profiles_have_whole_cycles_too(profile, lengths):
+    expected = [
+        1e-4 + (0.05 - 1e-4) * (1 + math.cos(math.pi * e / length)) / 2 for length in lengths for e in range(length)
+    ]
+    assert rates("ENAS", profile) == pytest.approx(expected)
+
+
+def test_the_large_nasnet_keeps_its_own_cell_however_narrow():
+    for profile in ("fast", "gpu", "short", "paper"):
+        small, large = make_plan("NASNet-A", profile), make_plan("NASNet-A 27.6M", profile)
+        assert large.options["cell"] == "NASNet-A figure" and "cell" not in small.options
 
 
 @pytest.mark.parametrize("name", SEARCHED)
