@@ -195,14 +195,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each network (default 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument(
-        "--batch", type=int, help="images per step, a quarter for ImageNet; default: 16 on a CPU, 128 on CUDA"
+        "--batch",
+        type=int,
+        help="images per step, a quarter for ImageNet; default: 16 on a CPU, 128 on CUDA, 4 if quick",
     )
     parser.add_argument("--output", help="the record; default data/benchmarks/networks-<hardware>.json in a checkout")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try every step; no record without --output")
     setup = parser.parse_args(argv)
     try:
         setup.device = pick_device(setup.device)
-        setup.batch = (128 if setup.device.type == "cuda" else 16) if setup.batch is None else setup.batch
+        usual = 4 if setup.quick else 128 if setup.device.type == "cuda" else 16
+        setup.batch = usual if setup.batch is None else setup.batch
         if min(setup.batch, setup.rounds, setup.threads) < 1:
             raise ValueError("needs at least one image, one round and one thread")
     except (RuntimeError, ValueError) as error:
