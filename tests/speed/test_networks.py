@@ -161,7 +161,7 @@ def test_a_record_holds_what_was_measured_and_where(written):
     path, printed = written
     record = networks.load_network_timings(path)
     assert record["format"] == networks.FORMAT and record["quick"] is False and record["rounds"] == 2
-    assert record["groups"]["CIFAR"]["batch"] == 4 and record["groups"]["ImageNet"]["batch"] == 1
+    assert record["groups"]["CIFAR"]["batch"] == 16 and record["groups"]["ImageNet"]["batch"] == 4
     assert record["groups"]["CIFAR"]["seconds"]["SWRN 28-1-2"] == [2.0, 7.0]
     assert record["versions"]["torch"] == torch.__version__ and {"revision", "hardware", "date"} <= set(
         record["versions"]
