@@ -61,9 +61,15 @@ def small(family, **options):
 
 @pytest.mark.parametrize(("name", "options", "alone", "with_head", "operations"), COUNTS)
 def test_counts_to_the_last_digit(name, options, alone, with_head, operations):
-    assert parameters(name, **options) == alone
-    assert parameters(name, auxiliary=True, **options) == with_head
-    assert multiply_adds(name, **options) == multiply_adds(name, auxiliary=True, **options) == operations
+    with torch.device("meta"):
+        model = models.build(name, auxiliary=True, **options)
+    assert size(model) == with_head and size(model) - size(model.auxiliary) == alone
+    assert multiply_adds(name, **options) == operations
+
+
+def test_an_auxiliary_head_counts_only_if_asked_for_and_never_as_work():
+    assert parameters("DARTS") == 3_349_342 and parameters("DARTS", auxiliary=True) == 3_825_768
+    assert multiply_adds("DARTS", auxiliary=True) == 528_359_040
 
 
 @pytest.mark.parametrize("name", PARTS)
