@@ -32,6 +32,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if none else torch.autocast(device.type, enabled=False)
 
 
+def _products_are_rounded() -> bool:
+    """Whether the program lets PyTorch round the factors of float32 matrix products, to TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the program uses PyTorch's newer switches, which this question does not cover
+        return True
+
+
 def initial_coefficients(
     num_layers: int, num_templates: int, init: str = "orthogonal", dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -86,6 +94,33 @@ class WeightSource(nn.Module):
         raise NotImplementedError
 
 
+class Mixed:
+    """The weights of a bank, mixed by one matrix product, for as long as `softshare.sharing.mixed_once` is in force."""
+
+    def __init__(self, bank: TemplateBank) -> None:
+        self.made_from = bank.coefficients, bank.templates
+        self.rows = bank.product(bank.coefficients).unbind()  # L times (d,)
+        self.with_gradient = torch.is_grad_enabled()
+        self.read_without: set[int] = set()  # the layers whose weights were read while gradients were off
+
+    def row(self, bank: TemplateBank, index: int) -> Tensor | None:
+        """The weight of a layer, (d,); None if this read needs a product of its own."""
+        if bank.coefficients is not self.made_from[0] or bank.templates is not self.made_from[1]:
+            return None  # torch.func.functional_call has replaced them
+        if torch.is_grad_enabled() and not self.with_gradient:
+            return None
+        if torch.compiler.is_compiling():
+            return self.rows[index]
+        # Reentrant activation checkpointing runs blocks first without gradients and again in the backward pass, each with
+        # a backward pass of its own. The first of these would free what the others need of a common product.
+        if not torch.is_grad_enabled():
+            self.read_without.add(index)
+        return None if torch.is_grad_enabled() and index in self.read_without else self.rows[index]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the bank mixes weights of its own."""
+
+
 class TemplateBank(WeightSource):
     """k templates and the coefficients with which L layers mix their weights from them.
 
@@ -101,6 +136,9 @@ class TemplateBank(WeightSource):
             ``model.to(memory_format=...)``, as the weights of a plain convolution do.
         name: the group's name in plans, plots and `banks`.
 
+    Each weight is mixed when it is read, by a product of its own, unless `softshare.sharing.mixed_once` is in force.
+    Products are as exact as the bank's dtype, whatever autocast, TF32 or `torch.set_float32_matmul_precision` allow.
+
     Templates are drawn from a normal distribution with variance 2 / fan_in (He et al. 2015), as in the authors' code.
 
     Args:
@@ -113,6 +151,8 @@ class TemplateBank(WeightSource):
         ValueError: a number below 1, an empty shape, an unknown init.
         TypeError: sizes that are not whole numbers, a dtype that is not floating-point.
     """
+
+    mixed: Mixed | None = None
 
     @torch.inference_mode(False)  # so that the parameters can learn
     def __init__(
@@ -186,17 +226,24 @@ class TemplateBank(WeightSource):
 
     def mix(self, index: int) -> Tensor:
         """The weight of layer `index` (from 0), of shape `weight_shape`."""
-        return self.shaped(self._product(self.coefficients[index]))
+        row = None if self.mixed is None else self.mixed.row(self, index)
+        return self.shaped(self.product(self.coefficients[index]) if row is None else row)
 
     def forward(self) -> Tensor:
         """The weights of all layers, (L, *weight_shape)."""
-        return self.shaped(self._product(self.coefficients))
+        return self.shaped(self.product(self.coefficients))
 
-    def _product(self, coefficients: Tensor) -> Tensor:
-        refuse_sharded(self.templates)
+    def product(self, coefficients: Tensor) -> Tensor:
+        """Mix weights in stored order, (..., d), with these coefficients, (..., k)."""
+        templates = self.templates
+        refuse_sharded(templates)
         # Outside autocast: in half precision the gradients of up to L uses of a template would be summed with 8 bits.
-        with without_autocast(self.templates.device):
-            return coefficients @ self.templates
+        with without_autocast(templates.device):
+            if torch.compiler.is_compiling():  # a compiler turns the sum into one pass over the templates
+                return (coefficients.unsqueeze(-1) * templates).sum(-2)
+            if templates.dtype is torch.float32 and templates.device.type in ("cpu", "cuda") and _products_are_rounded():
+                return (coefficients.double() @ templates.double()).float()
+            return coefficients @ templates
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemplateBank:
         # `model.to(memory_format=...)` changes only 4-D and 5-D parameters. Ours are matrices, so ask `fn` what it

@@ -1,12 +1,14 @@
 """Soft parameter sharing: the layers of any model draw their weights from template banks, one bank per group.
 
-`share_` makes a model share, `banks` lists its banks, `decay_groups` sets what an optimizer decays, `unshare` undoes it.
+`share_` makes a model share, `banks` lists its banks, `decay_groups` sets what an optimizer decays, `unshare` undoes it,
+`mixed_once` makes reading the weights cheaper.
 
 Letters: L layers in a group, k templates, d elements of one layer's weight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .arguments import count, without_addresses
-from .bank import CHANNELS_LAST, COEFFICIENT_INITS, TemplateBank
+from .bank import CHANNELS_LAST, COEFFICIENT_INITS, Mixed, TemplateBank
 from .precautions import (
     RefusesPlainWeights,
     WithoutWeight,
@@ -290,6 +292,25 @@ def banks(model: nn.Module) -> dict[str, TemplateBank]:
                 name = f"{module.name} ({number})"
             found[name] = module
     return found
+
+
+@contextlib.contextmanager
+def mixed_once(model: nn.Module) -> Iterator[None]:
+    """Mix the weights of each bank by one matrix product for all reads in a ``with`` block, instead of one per read.
+
+    Put a forward pass and its backward pass inside, as `fit` does, or an evaluation; the parameters must not change there.
+    The gradients of a bank are then one product each, too. Weights are as without it, up to rounding, and are released at
+    the end of the block (after the backward pass, if that comes later).
+    """
+    found = [bank for bank in banks(model).values() if type(bank).mix is TemplateBank.mix]
+    before = [bank.mixed for bank in found]
+    try:
+        for bank in found:
+            bank.mixed = Mixed(bank)
+        yield
+    finally:
+        for bank, mixed in zip(found, before, strict=True):
+            bank.mixed = mixed
 
 
 def shared_layers(model: nn.Module) -> Iterator[tuple[str, SharedLayer]]:

@@ -567,9 +567,10 @@ def test_functional_call_and_its_gradient(foreign):
 
 
 DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
+import contextlib, sys, torch, torch.distributed as dist
 from torch import nn
 import softshare
+from softshare.sharing import mixed_once
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -582,20 +583,22 @@ start = {name: value.clone() for name, value in model.state_dict().items()}
 data = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(7))
 for _ in range(3):
     optimizer.zero_grad()
-    wrapped(data[rank::2]).square().mean().backward()
+    with mixed_once(wrapped) if sys.argv[3] == "once" else contextlib.nullcontext():
+        wrapped(data[rank::2]).square().mean().backward()
     optimizer.step()
 torch.save({"start": start, "end": model.state_dict()}, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-def test_distributed_data_parallel_equals_one_process(tmp_path):
+@pytest.mark.parametrize("mixing", ["once", "each"])
+def test_distributed_data_parallel_equals_one_process(tmp_path, mixing):
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
     folder = os.path.dirname(os.path.dirname(softshare.__file__))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(script)]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path), mixing], env=environment) for rank in (0, 1)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:

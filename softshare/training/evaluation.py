@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from ..sharing import mixed_once
 from .devices import autocast, device_of, outputs_of, parameter_dtype, pick_precision
 from .tasks import Task
 
@@ -26,7 +27,7 @@ def evaluate(model: nn.Module, task: Task, precision: str = "auto") -> dict[str,
         return outputs_of(model, inputs, dtype)
 
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), mixed_once(model):
             return task.to(device).evaluate(predict)
     finally:
         for module, mode in modes.items():
@@ -49,6 +50,6 @@ def with_reestimated_statistics(
         inputs = inputs.double() if dtype is torch.float64 else inputs
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            with autocast(device, dtype):
+            with autocast(device, dtype), torch.no_grad(), mixed_once(model):
                 update_bn((some.to(device) for some in inputs.split(batch)), model)
     return model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sharing import decay_groups
+from ..sharing import decay_groups, mixed_once
 from ..similarity import recurrence_penalty
 from . import distributed
 from .devices import outputs_of
@@ -41,13 +41,14 @@ def train_step(
     `weight` multiplies the task's loss, see `softshare.training.distributed.own_part`; `clip` is that of a `Schedule`.
     Raises TypeError for a model whose outputs are not one tensor.
     """
-    loss = task.loss(outputs_of(model, inputs, dtype), targets)
-    if weight != 1.0:
-        loss = loss * weight
-    if penalty:
-        loss = loss + penalty * recurrence_penalty(model)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    with mixed_once(model):
+        loss = task.loss(outputs_of(model, inputs, dtype), targets)
+        if weight != 1.0:
+            loss = loss * weight
+        if penalty:
+            loss = loss + penalty * recurrence_penalty(model)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
     if clip:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -151,7 +152,8 @@ def try_compiled(model: nn.Module, task: Task, inputs: Tensor, targets: Tensor, 
     with torch.random.fork_rng(devices=cuda):
         try:
             compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-            task.loss(outputs_of(compiled, inputs, dtype), targets).backward()
+            with mixed_once(model):
+                task.loss(outputs_of(compiled, inputs, dtype), targets).backward()
         except Exception as error:  # compilers fail in many ways
             if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
                 raise

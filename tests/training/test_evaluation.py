@@ -117,3 +117,20 @@ def test_a_network_without_statistics_is_copied(small_net):
     assert found is not net and all(
         torch.equal(a, b) for a, b in zip(found.parameters(), net.parameters(), strict=True)
     )
+
+
+def test_training_evaluation_and_statistics_mix_once(task, monkeypatch):
+    """Each pass asks each bank for one product of all its coefficients, and for nothing else."""
+    asked = []
+    original = TemplateBank.product
+    monkeypatch.setattr(TemplateBank, "product", lambda *args: asked.append(args[1].dim()) or original(*args))
+    net = models.swrn(16, 1)
+    fit(net, task, Settings(epochs=1, batch_size=task.size, precision="float32"), progress=False)
+    assert asked == [2] * 2 * len(banks(net)), "one training step and one evaluation"
+    asked.clear()
+    evaluate(net, task, "float32")
+    assert asked == [2] * len(banks(net))
+    asked.clear()
+    inputs, _ = task.batch(torch.arange(20), 0, 1)
+    with_reestimated_statistics(net, inputs, "float32", batch=10)
+    assert asked == [2] * len(banks(net))
