@@ -40,9 +40,13 @@ class Augmentation:
     pad: int = 4
     cutout: int = 0
 
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation as float32 tensors (1, 3, 1, 1) on a device, which `normalise` uses; kept for later calls."""
+        return _statistics(tuple(self.mean), tuple(self.deviation), device)
+
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to float32 with mean 0 and deviation 1 per channel over the data set; for evaluation."""
-        mean, deviation = _statistics(tuple(self.mean), tuple(self.deviation), images.device)
+        mean, deviation = self.statistics(images.device)
         return (images.float() - mean) / deviation
 
     def draw(self, n: int, seed: int, epoch: int, side: int = 32) -> Tensor:
@@ -57,8 +61,8 @@ class Augmentation:
         ]
         return torch.stack(drawn, dim=1)
 
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""
+    def moved(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Flip and crop by the rows of `draw` that belong to these images: (N, 3, H, W) uint8 to the same."""
         n, channels, _, side = images.shape
         pixels = torch.arange(side, device=images.device)
         rows, columns = draws[:, 1:2] + pixels, draws[:, 2:3] + pixels  # (N, side), in the padded image
@@ -68,9 +72,18 @@ class Augmentation:
         batch = torch.arange(n, device=images.device)[:, None, None, None]
         channel = torch.arange(channels, device=images.device)[:, None, None]
         padded = F.pad(images, (self.pad,) * 4)
-        out = self.normalise(padded[batch, channel, rows[:, None, :, None], columns[:, None, None]])
+        return padded[batch, channel, rows[:, None, :, None], columns[:, None, None]]
+
+    def finished(self, moved: Tensor, draws: Tensor) -> Tensor:
+        """Normalise images that `moved` returned, and cut out their holes: (N, 3, H, W) uint8 to float32."""
+        out = self.normalise(moved)
         if self.cutout:
+            pixels = torch.arange(moved.shape[-1], device=moved.device)
             start = draws[:, 3:, None] - self.cutout // 2
             inside = (pixels >= start) & (pixels < start + self.cutout)  # (N, 2, side): along rows, along columns
             out = out * ~(inside[:, 0, :, None] & inside[:, 1, None])[:, None]
         return out
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Apply the rows of `draw` that belong to these images: (N, 3, H, W) uint8 and (N, 5) to (N, 3, H, W) float32."""
+        return self.finished(self.moved(images, draws), draws)

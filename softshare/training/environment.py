@@ -106,7 +106,7 @@ class Execution:
     """How a run is carried out, for its record; includes earlier processes of the same run, known from checkpoints.
 
     Attributes:
-        now: this process, or process 0 for all: `execution_facts`, whether the model is compiled, how many processes train
+        now: this process, or process 0 for all: `execution_facts`, whether steps are captured and compiled, how many processes train
             together, and as "others" the same facts about the other ones.
         earlier: the same for the processes before, if the run was interrupted.
         after: the same for a process that found the training finished and only measured; None if there was none.
@@ -114,17 +114,17 @@ class Execution:
 
     def __init__(self, device: torch.device, settings: Settings, parameters: torch.dtype = torch.float32) -> None:
         self.now = execution_facts(device, settings, parameters)
-        self.now |= {"compiled": False, "processes": distributed.world_size()}
+        self.now |= {"captured": False, "compiled": False, "processes": distributed.world_size()}
         others = distributed.gathered(self.now)[1:]
         if others:
             self.now["others"] = others
         self.earlier: list[dict[str, Any]] = []
         self.after: dict[str, Any] | None = None
 
-    def compiled(self, outcome: bool | str) -> None:
-        """Note whether the model was compiled; all processes decide that together."""
+    def note(self, **outcomes: bool | str) -> None:
+        """Note whether steps were "captured" and "compiled"; all processes decide that together."""
         for each in (self.now, *self.now.get("others", ())):
-            each["compiled"] = outcome
+            each.update(outcomes)
 
     def finished(self, states: list[dict[str, Any]]) -> None:
         """Note that nothing is left to train; a checkpoint's `states` describe the processes that trained."""

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from .checkpoints import ForeignCheckpoint, RunFolder, load_optimizer_tensors, o
 from .devices import convolution_kernels, parameter_dtype, pick_device, pick_precision
 from .environment import Execution
 from .evaluation import evaluate
+from .graphed import Steps
 from .progress import Progress
 from .recorder import SimilarityRecorder
 from .settings import ADDED_LATER, Settings
-from .step import Stepper
 from .tasks import Task
 
 Callback = Callable[[nn.Module, int], None]
@@ -178,9 +178,8 @@ class _Run:
         model.to(device=device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.stepper = Stepper(model, task, settings, device, self.dtype)
-        if settings.compile is None:
-            self.stepper.wanted = device.type == "cuda" and self.steps * settings.epochs >= 1000
+        self.run = Steps(model, task, settings, device, self.dtype)
+        self.stepper = self.run.stepper
         self.execution = Execution(device, settings, parameters)
         self.order = torch.Generator("cpu").manual_seed(settings.seed)
         torch.manual_seed(settings.seed + 1_000_003 * distributed.rank())
@@ -235,8 +234,7 @@ class _Run:
         started = time.perf_counter()
         self.stepper.set_rate(rate)
         self.model.train()
-        for inputs, targets, weight in self._batches(task):
-            self.losses.values[self.step] = self.stepper(inputs, targets, weight)
+        for _ in self.run.epoch(task, *self._batches(task), self.epoch, self.losses.values):
             self.step += 1
             self._snapshots()
             self.display.add(min(self.settings.batch_size, task.size - (self.step - 1) * self.settings.batch_size))
@@ -247,17 +245,13 @@ class _Run:
         self._check(rate)
         self.seconds += time.perf_counter() - started
 
-    def _batches(self, task: Task) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The rest of the epoch: inputs and targets of this process, and the weight of their mean loss."""
+    def _batches(self, task: Task) -> tuple[Sequence[Tensor], Sequence[float]]:
+        """The rest of the epoch: for each batch, the indices of this process's part and the weight of its mean loss."""
         self.order_before = self.order.get_state()
-        order = (
-            torch.randperm(task.size, generator=self.order, device="cpu")
-            .to(self.device)
-            .split(self.settings.batch_size)
-        )
-        parts, weights = zip(*(distributed.own_part(indices) for indices in order[self.step :]), strict=True)
-        for (inputs, targets), weight in zip(task.batches(parts, self.settings.seed, self.epoch), weights, strict=True):
-            yield inputs, targets, weight
+        order = torch.randperm(task.size, generator=self.order, device="cpu").to(self.device)
+        batches = order.split(self.settings.batch_size)[self.step :]
+        parts, weights = zip(*map(distributed.own_part, batches), strict=True)
+        return parts, weights
 
     def _snapshots(self) -> None:
         for callback in self.callbacks:
@@ -266,7 +260,7 @@ class _Run:
 
     def _end_epoch(self, task: Task, rate: float) -> None:
         settings, epoch = self.settings, self.epoch
-        self.execution.compiled(self.stepper.outcome)
+        self.execution.note(compiled=self.stepper.outcome, captured=self.run.captured)
         sizes = torch.full((self.steps,), float(settings.batch_size), dtype=torch.float64, device="cpu")
         sizes[-1] = task.size - settings.batch_size * (self.steps - 1)
         row = {
@@ -322,7 +316,7 @@ class _Run:
         for number, callback in enumerate(self.callbacks):
             if hasattr(callback, "state_dict"):
                 tensors |= {f"callback.{number}.{name}": value for name, value in callback.state_dict().items()}
-        self.execution.compiled(self.stepper.outcome)
+        self.execution.note(compiled=self.stepper.outcome, captured=self.run.captured)
         facts = {
             "epoch": self.epoch,
             "step": self.step,

@@ -113,13 +113,19 @@ class Settings(Schedule):
             CUDA (with a gradient scaler) and float32 on a CPU. A model with float64 parameters computes in float64.
         tf32: whether convolutions in float32 on CUDA may round their inputs to TF32, as PyTorch does by default.
         channels_last: whether to keep activations and weights in channels_last memory format.
+        capture: whether to capture whole training steps in a CUDA graph, which takes about twenty steps; None: on CUDA, for
+            runs of at least 200 steps, if one process trains, without float16's gradient scaler, on a task that allows it
+            (see `softshare.training.tasks.Task.prepare`). Replays are first compared with steps that are not captured. If
+            they differ, or capturing fails, a warning says why and training continues without it.
         compile: whether to compile the model with torch.compile, which takes a minute or two before the first step; None: on
-            CUDA, for runs of at least 1,000 steps. If it fails, a warning reports it and training continues without it.
+            CUDA, for captured steps if measured speeds say that it saves more than it takes, for others in runs of at least
+            1,000 steps. If it fails, a warning reports it and training continues without it.
     """
 
     precision: str = "auto"
     tf32: bool = True
     channels_last: bool = True
+    capture: bool | None = None
     compile: bool | None = None
 
     def __post_init__(self) -> None:

@@ -16,12 +16,20 @@ from .settings import Schedule, Settings
 from .tasks import Task
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, with no weight decay on coefficients."""
-    groups = decay_groups(model, schedule.weight_decay)
-    if schedule.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=schedule.rate)
-    return torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=schedule.nesterov)
+def make_optimizer(model: nn.Module, schedule: Schedule, rate: Tensor | None = None) -> torch.optim.Optimizer:
+    """SGD with momentum or Adam, with no weight decay on coefficients.
+
+    With `rate`, a scalar tensor on the model's device from which the rate is read, steps are fused and can be captured in a
+    CUDA graph.
+    """
+    groups, how = decay_groups(model, schedule.weight_decay), {"fused": True} if rate is not None else {}
+    given: Any = schedule.rate if rate is None else rate
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=given, momentum=0.9, nesterov=schedule.nesterov, **how)
+    optimizer = torch.optim.Adam(groups, lr=given, capturable=rate is not None and rate.is_cuda, **how)
+    # A captured step is compared with steps that are not captured; PyTorch would warn of those.
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+    return optimizer
 
 
 def train_step(
@@ -58,21 +66,32 @@ def train_step(
 
 
 class Stepper:
-    """The steps of one training run: the model as it is called, its optimizer, its gradient scaler.
+    """Single steps of one training run: the model as it is called, its optimizer, its gradient scaler.
+
+    With `capturable`, `softshare.training.graphed` may capture its steps in a CUDA graph.
 
     Attributes:
-        wanted: whether the model should be compiled by torch.compile.
+        wanted: whether the model should be compiled by torch.compile at the next step, if `module` is None.
+        module: the model as it is called, compiled or not; None before the first step.
         outcome: whether it was compiled, for a record: False (not wanted), True, or a text if it failed. All processes
             decide together, at the first step.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, settings: Settings, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Settings,
+        device: torch.device,
+        dtype: torch.dtype,
+        capturable: bool = False,
     ) -> None:
         self.model, self.task, self.device, self.dtype = model, task, device, dtype
         self.penalty, self.clip, self.channels_last = settings.penalty, settings.clip, settings.channels_last
         self.full = min(task.size, settings.batch_size)  # examples of a full batch, over all processes
-        self.optimizer = make_optimizer(model, settings)
+        # A tensor, since a captured step repeats what it read from memory, not what it got from Python.
+        self.rate = torch.tensor(settings.rate, device=device, dtype=torch.float32) if capturable else None
+        self.optimizer = make_optimizer(model, settings, self.rate)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.wanted = bool(settings.compile)
         self.outcome: bool | str = False
@@ -80,8 +99,10 @@ class Stepper:
 
     def set_rate(self, rate: float) -> None:
         """Use this learning rate from now on."""
+        if self.rate is not None:
+            self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if self.rate is None else self.rate
 
     def __call__(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> Tensor:
         """`train_step` on a batch."""

@@ -43,6 +43,15 @@ class Task(ABC):
         """
         return str(getattr(self, "fingerprint", ""))
 
+    def prepare(self, seed: int, epoch: int) -> Sequence[Tensor] | None:
+        """Called before each epoch's first batch, for work that is better done once for all batches.
+
+        Returns the tensors that `batch` and `loss` read, if they read nothing else and these stay where they are from epoch
+        to epoch, so that a step can be captured in a CUDA graph; otherwise None. A class that changes how batches or losses
+        are made must override this too, or its steps are not captured.
+        """
+        return None
+
     @abstractmethod
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some training examples; they depend on seed, epoch and index, not on the batch."""
@@ -60,6 +69,9 @@ class Task(ABC):
         """Metrics on held-out examples, given a function from inputs to float32 outputs; {} if none are held out."""
         return {}
 
+
+ON_A_GPU = 2_000
+"""Examples that are evaluated at once on a GPU, so that it computes for longer than Python launches."""
 
 AUXILIARY_WEIGHT = 0.4
 """The weight of an auxiliary head's loss, as in the sources of NASNet-A, DARTS, SNAS and ENAS."""
@@ -86,21 +98,47 @@ class Classification(Task):
         self.images, self.labels = train.images, train.labels
         self.held_out = None if held_out is None else (held_out.images, held_out.labels)
         self.size, self.fingerprint = len(train.labels), train.fingerprint
-        self._drawn: tuple[Any, Tensor] | None = None  # of the latest epoch, with everything they depend on
+        self._prepared: tuple[Any, Tensor, Tensor] | None = None  # for what, draws, moved images
+        self._drawn: tuple[Any, Tensor] | None = None  # for what, draws: of single batches
 
     def to(self, device: torch.device) -> Classification:
         moved = copy.copy(self)
         moved.images, moved.labels = self.images.to(device), self.labels.to(device)
         if self.held_out is not None:
             moved.held_out = self.held_out[0].to(device), self.held_out[1].to(device)
-        moved._drawn = None
+        moved._prepared = moved._drawn = None
         return moved
 
+    def _key(self, seed: int, epoch: int) -> tuple[Any, ...]:
+        return seed, epoch, self.augmentation, self.images.shape, self.images.device
+
+    def _draw(self, seed: int, epoch: int) -> Tensor:
+        return self.augmentation.draw(len(self.images), seed, epoch, self.images.shape[-1]).to(self.images.device)
+
+    @torch.inference_mode(False)
+    def prepare(self, seed: int, epoch: int) -> Sequence[Tensor]:
+        """Flip and crop all images for an epoch, in the memory that the epoch before has used."""
+        key, images = self._key(seed, epoch), self.images
+        if self._prepared is None or self._prepared[0] != key:
+            drawn = self._draw(seed, epoch)
+            if self._prepared is None or self._prepared[0][3:] != key[3:]:
+                self._prepared = key, drawn, torch.empty_like(images)
+            _, draws, moved = self._prepared
+            draws.copy_(drawn)
+            part = 10_000 if images.is_cuda else 1_000  # few launches on a GPU, parts that fit into a processor's cache
+            for start in range(0, len(images), part):
+                some = slice(start, start + part)
+                moved[some] = self.augmentation.moved(images[some], draws[some])
+            self._prepared = key, draws, moved
+        return [*self._prepared[1:], self.labels, *self.augmentation.statistics(images.device)]
+
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        key = (seed, epoch, self.augmentation, self.images.shape, self.images.device)
+        key = self._key(seed, epoch)
+        if self._prepared is not None and self._prepared[0] == key:
+            _, draws, moved = self._prepared
+            return self.augmentation.finished(moved[indices], draws[indices]), self.labels[indices]
         if self._drawn is None or self._drawn[0] != key:
-            draws = self.augmentation.draw(len(self.images), seed, epoch, self.images.shape[-1])
-            self._drawn = key, draws.to(self.images.device)
+            self._drawn = key, self._draw(seed, epoch)
         return self.augmentation(self.images[indices], self._drawn[1][indices]), self.labels[indices]
 
     def identity(self) -> str:
@@ -117,7 +155,8 @@ class Classification(Task):
             return {}
         images, labels = self.held_out
         loss, right = (torch.zeros((), device=images.device, dtype=torch.float32) for _ in range(2))
-        for some, chunk in zip(images.split(500), labels.split(500), strict=True):
+        size = ON_A_GPU if images.is_cuda else 500
+        for some, chunk in zip(images.split(size), labels.split(size), strict=True):
             logits = predict(self.augmentation.normalise(some))
             loss += F.cross_entropy(logits, chunk, reduction="sum")
             right += (logits.argmax(1) == chunk).sum()
@@ -149,6 +188,10 @@ class ShortestPaths(Task):
         digest.update(self.train.targets.cpu().numpy())  # type: ignore[arg-type]
         return digest.hexdigest()
 
+    def prepare(self, seed: int, epoch: int) -> Sequence[Tensor]:
+        """The grids stay the same in all epochs."""
+        return [self.train.inputs, self.train.targets]
+
     def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         return self.train.inputs[indices].float(), self.train.targets[indices].float()
 
@@ -158,7 +201,8 @@ class ShortestPaths(Task):
     def evaluate(self, predict: Predict) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        logits = torch.cat([predict(inputs.float()) for inputs in self.held_out.inputs.split(250)])
+        size = ON_A_GPU if self.held_out.inputs.is_cuda else 250
+        logits = torch.cat([predict(inputs.float()) for inputs in self.held_out.inputs.split(size)])
         loss = F.binary_cross_entropy_with_logits(logits, self.held_out.targets.to(logits.dtype))
         return {"loss": float(loss), **scores_beside_the_rule(logits > 0, self.held_out)}
 

@@ -184,7 +184,7 @@ def test_a_process_that_only_measured_is_recorded_next_to_those_that_trained():
 def test_the_outcome_of_compiling_is_recorded_for_all_processes(monkeypatch):
     monkeypatch.setattr("softshare.training.distributed.gathered", lambda own: [dict(own), dict(own)])
     found = execution("float32")
-    found.compiled("failed")
+    found.note(compiled="failed", captured=True)
     assert [each["compiled"] for each in (found.now, *found.now["others"])] == ["failed", "failed"]
 
 

@@ -123,6 +123,7 @@ def test_an_infinite_loss_stops_with_epoch_rate_and_precision(task, small_net, p
         fit(net, task, Settings(epochs=2, precision=precision), progress=False, device="cpu")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_learns_what_the_cpu_learns(task):
     losses = []
