@@ -36,7 +36,7 @@ bench: .venv/.has-test ## measure speed, pair by pair (about five minutes), and 
 	$(RUN) -m softshare bench
 
 gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for MINUTES=...; resumes where it stopped
-	$(RUN) -m softshare gpu --minutes $(MINUTES)
+	$(RUN) -m softshare gpu --minutes $(MINUTES) --carry inf
 
 reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu, short or paper
 	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)

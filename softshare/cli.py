@@ -76,7 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     gpu = commands.add_parser("gpu", help="run what is worth a GPU's time, in order of value, as far as time allows")
     gpu.add_argument("--minutes", type=float, required=True, help="how much time is available")
     gpu.add_argument("--rehearse", action="store_true", help="the same list at toy sizes, on any machine")
-    gpu.add_argument("--parallel", type=int, default=5, help="how many small networks train side by side; default: 5")
+    gpu.add_argument(
+        "--carry",
+        type=float,
+        default=12.0,
+        metavar="MB",
+        help="largest checkpoint that outlives this machine; runs with larger ones are begun only if they fit into the time "
+        'left; default: 12; "inf" where checkpoints stay',
+    )
     gpu.add_argument("--device", help="cpu or cuda; default: cuda if available")
     gpu.add_argument("--runs", default="", help="folder of records")
     gpu.add_argument("--checkpoints", default="", help="folder for checkpoints")
@@ -214,6 +221,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _gpu(arguments: argparse.Namespace) -> int:
     device = str(pick_device(arguments.device))
-    names = ("runs", "checkpoints", "parallel", "download", "rehearse")
+    names = ("runs", "checkpoints", "carry", "download", "rehearse")
     places = gpu_list.Places(device, **{name: getattr(arguments, name) for name in names})
     return gpu_list.run_list(arguments.minutes, places)

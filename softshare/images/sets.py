@@ -59,6 +59,11 @@ class ImageSet:
         first, second = (self._with(self.images[part], self.labels[part]) for part in (order[:n], order[n:]))
         return first, second
 
+    def shuffled(self, seed: int = 0) -> ImageSet:
+        """The same images with their labels in random order: each class stays as frequent, but nothing tells it."""
+        order = torch.randperm(len(self.labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        return self._with(self.images, self.labels[order])
+
     def shrunk(self, factor: int = 2) -> ImageSet:
         """The same images, smaller: each pixel the mean of factor x factor pixels, (n, 3, H / factor, W / factor)."""
         side = self.images.shape[-1]

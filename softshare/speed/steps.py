@@ -19,8 +19,9 @@ from ..bank import TemplateBank
 from ..images import STATISTICS, Augmentation, ImageSet
 from ..sharing import banks
 from ..training.devices import pick_precision
+from ..training.graphed import Steps
 from ..training.settings import Settings
-from ..training.step import make_optimizer, train_step, try_compiled
+from ..training.step import make_optimizer, train_step
 from ..training.tasks import Classification
 
 Call = Callable[[], object]
@@ -36,22 +37,40 @@ def noise(images: int, device: torch.device, side: int = 32) -> Classification:
 
 def batches(task: Classification, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Our data path as an endless stream of full batches: inputs (N, 3, H, W) in channels_last, targets (N,)."""
-    device, order = task.images.device, torch.Generator().manual_seed(0)
-    task = task.to(device)  # a copy, since a task keeps the draws of one epoch
-    for epoch in itertools.count(1):
-        indices = torch.randperm(task.size, generator=order).to(device).split(batch)
-        for inputs, targets in task.batches(indices[: task.size // batch], 0, epoch):
+    task = task.to(task.images.device)  # a copy, since a task keeps the images of one epoch
+    for epoch, parts in _orders(task, batch):
+        task.prepare(0, epoch)
+        for inputs, targets in task.batches(parts, 0, epoch):
             yield inputs.contiguous(memory_format=torch.channels_last), targets
 
 
+def _orders(task: Classification, batch: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Epochs without an end: their numbers, and the indices of their full batches."""
+    order = torch.Generator().manual_seed(0)
+    for epoch in itertools.count(1):
+        indices = torch.randperm(task.size, generator=order).to(task.images.device).split(batch)
+        yield epoch, indices[: task.size // batch]
+
+
 def ours(task: Classification, name: str, batch: int, compile: bool = False) -> Call:
-    """A training step of the named model, our way; warns if torch.compile fails."""
-    dtype, data = pick_precision("auto", task.images.device), batches(task, batch)
-    model = models.build(name).to(task.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = try_compiled(model, task, *next(data), dtype) if compile else model
-    if compile and run is model:
-        warnings.warn(f"{name} runs without torch.compile", stacklevel=2)
-    return _step(run, task, data, dtype)
+    """A training step of the named model as `fit` makes it, captured on CUDA; warns if capturing or torch.compile fails."""
+    stream = _as_in_fit(task, name, batch, compile)
+    return lambda: next(stream)
+
+
+def _as_in_fit(task: Classification, name: str, batch: int, compile: bool) -> Iterator[None]:
+    device, task = task.images.device, task.to(task.images.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    model = models.build(name).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    settings = Settings(epochs=1000, batch_size=batch, rate=1e-3, compile=compile)
+    run, losses = Steps(model, task, settings, device, pick_precision("auto", device)), None
+    for epoch, parts in _orders(task, batch):
+        losses = torch.zeros(len(parts), device=device) if losses is None else losses
+        for _ in run.epoch(task, parts, [1.0] * len(parts), epoch, losses):
+            if compile and run.stepper.outcome is not True:
+                warnings.warn(f"{name} runs without torch.compile", stacklevel=2)
+                compile = False
+            yield
 
 
 def authors(task: Classification, name: str, batch: int, workers: int, tf32: bool) -> Call:
@@ -60,19 +79,19 @@ def authors(task: Classification, name: str, batch: int, workers: int, tf32: boo
     ids, cuda = cast(Dataset[int], range(task.size)), device.type == "cuda"
     loader = DataLoader(ids, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda, collate_fn=load)
     data = itertools.chain.from_iterable(itertools.repeat(loader))
-    step = _step(layerwise(models.build(name)).to(device), task, data, torch.float32)
+    step = _step(layerwise(models.build(name)).to(device), task, data)
     return torch.backends.cudnn.flags(enabled=True, benchmark=cuda, allow_tf32=tf32)(step)  # type: ignore
 
 
-def _step(model: nn.Module, task: Classification, data: Iterator[Sequence[Tensor]], dtype: torch.dtype) -> Call:
+def _step(model: nn.Module, task: Classification, data: Iterator[Sequence[Tensor]]) -> Call:
     device = task.images.device
     torch.backends.cudnn.benchmark = device.type == "cuda"  # as in the authors' code and in `fit`
     optimizer = make_optimizer(model, Settings(epochs=1, rate=1e-3))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def step() -> None:
         inputs, targets = (each.to(device, non_blocking=True) for each in next(data))
-        train_step(model, task, inputs, targets, optimizer, scaler, dtype)
+        train_step(model, task, inputs, targets, optimizer, scaler, torch.float32)
 
     return step
 

@@ -70,9 +70,19 @@ class Cifar(Study):
         found += [Recipe(name, self.name, name, _PARAMETERS, _BOTH) for name in poster]
         found += [self._compared(name, _SEARCH, ("cifar10",), cutout=16) for name in _SEARCHED]
         for name in ("WRN 28-10", "SWRN 28-6-2", "SWRN 28-10-2", "SWRN 28-14-2"):
-            found.append(Recipe(f"{name} cutout", self.name, name, _SEARCH, ("cifar10",), cutout=16))
+            found.append(self._with_cutout(name, _SEARCH))
+        for width in (2, 6, 10):
+            shared = f"SWRN 28-{width}-2"
+            others = {
+                f"WRN 28-{width}": f"control for {shared} cutout: nothing shared",
+                shared: "the same comparison at a width that trains in minutes",
+                f"SWRN 28-{width}-1": f"control for {shared} cutout: one template",
+                f"SWRN 28-{width}": f"control for {shared} cutout: one template per layer",
+                f"WRN 16-{width}": f"control for {shared} cutout: as many parameters, fewer layers",
+            }
+            names = [recipe.network for recipe in found if recipe.cutout]
+            found += [self._with_cutout(name, shows) for name, shows in others.items() if name not in names]
         found += [
-            Recipe("WRN 28-6 cutout", self.name, "WRN 28-6", "control for SWRN 28-6-2 cutout", ("cifar10",), cutout=16),
             Recipe("WRN 28-6", self.name, "WRN 28-6", "control for WRN 28-6 cutout", _BOTH),
             Recipe("SWRN 28-10-2", self.name, "SWRN 28-10-2", "WRN 28-10 shared, without dropout either", _BOTH),
             Recipe("SWRN 40-8-8", self.name, "SWRN 40-8-8", _SIMILARITY, ("cifar10",), dense_epochs=5),
@@ -85,8 +95,20 @@ class Cifar(Study):
                 penalty={"fast": 2.5e-3, "gpu": 1e-4, "short": 1e-4, "paper": 1e-5},
                 dense_epochs=5,
             ),
+            Recipe(
+                "SWRN 40-8-8 on shuffled labels",
+                self.name,
+                "SWRN 40-8-8",
+                f"control for {_SIMILARITY}: what training alone does",
+                ("cifar10",),
+                dense_epochs=5,
+                shuffled=True,
+            ),
         ]
         return found
+
+    def _with_cutout(self, network: str, shows: str) -> Recipe:
+        return Recipe(f"{network} cutout", self.name, network, shows, ("cifar10",), cutout=16)
 
     def _compared(self, name: str, shows: str, data: tuple[str, ...], cutout: int = 0) -> Recipe:
         return Recipe(name, self.name, name, shows, data, cutout, source=SOURCES[name])
@@ -99,6 +121,7 @@ class Cifar(Study):
             penalty=recipe.penalty_in(profile),
             seed=seed,
         )
+        sizes |= {"shuffled": True} if recipe.shuffled else {}
         settings = recipe.as_published(settings, profile)
         options = dict(recipe.source.options) if recipe.source else {}
         if profile == "fast":
@@ -133,6 +156,8 @@ class Cifar(Study):
             held_out = _at_most(rest, sizes["held_out"], plan.seed)
         if sizes["test"] is not None:
             test = _at_most(test, sizes["test"], plan.seed)
+        if sizes.get("shuffled"):
+            train = train.shuffled(plan.seed)
         shrink = train.images.shape[-1] // sizes["side"]
         if shrink > 1:
             train, test = train.shrunk(shrink), test.shrunk(shrink)

@@ -50,6 +50,20 @@ def measures(plan: Plan, tasks: Tasks) -> dict[str, Callable[[nn.Module], float]
     return {REESTIMATED: reestimated, KEPT: kept}
 
 
+def fold_identity(record: Record, thresholds: Sequence[float] = THRESHOLDS) -> Identity:
+    """What decides the outcome of `fold_costs`."""
+    return Identity(
+        "folding",
+        VERSION,
+        f"fold of {record.recipe}",
+        record.profile,
+        record.seed,
+        record.network,
+        {"of": record.identity.hash, "thresholds": list(thresholds)},
+        record.identity.fingerprint,
+    )
+
+
 @standard_defaults()
 def fold_costs(
     record: Record,
@@ -65,16 +79,7 @@ def fold_costs(
     error.
     """
     _, plan = plan_of(record)
-    identity = Identity(
-        "folding",
-        VERSION,
-        f"fold of {record.recipe}",
-        record.profile,
-        record.seed,
-        record.network,
-        {"of": record.identity.hash, "thresholds": list(thresholds)},
-        record.identity.fingerprint,
-    )
+    identity = fold_identity(record, thresholds)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}
     for way, measure in measures(plan, tasks).items():

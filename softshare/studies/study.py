@@ -41,6 +41,7 @@ class Recipe:
         penalty: lambda of the recurrence penalty; a mapping if it depends on the profile.
         dense_epochs: similarities are recorded 20 times per epoch for the first `dense_epochs` epochs.
         source: how those who published the network trained it; None: as the study does.
+        shuffled: whether labels of training images are shuffled, so that nothing can be learned but the images themselves.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Recipe:
     penalty: float | Mapping[str, float] = 0.0
     dense_epochs: int = 0
     source: Source | None = None
+    shuffled: bool = False
 
     def penalty_in(self, profile: str) -> float:
         """Lambda in a profile."""
@@ -85,7 +87,7 @@ class Plan:
     Attributes:
         network: the network to build; in small profiles a narrower relative of the recipe's.
         settings: schedule and execution.
-        sizes: JSON; numbers of examples, sides, phases.
+        sizes: JSON; numbers of examples, sides, phases; whether labels are shuffled.
         augmentation: JSON; the random changes of training images.
         options: JSON; of `softshare.models.build`.
     """

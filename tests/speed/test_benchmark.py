@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from softshare import files, models, pictures
 from softshare.images import STATISTICS, Augmentation, ImageSet
 from softshare.sharing import banks, shared_layers
 from softshare.speed import benchmark, networks, steps
+from softshare.training import step as step_of_training
 from softshare.training.tasks import Classification
 
 matplotlib.use("Agg")
@@ -51,8 +53,8 @@ SECTIONS = {
     "cost by templates": {
         "model": "SWRN 28-1-k",
         "plain": "WRN 28-1",
-        "seconds": {"plain": [1.0, 1.0], "1": [1.0, 1.2], "2": [1.2, 1.3]},
-        "ratios": {"1": (1.1, 1.0, 1.2), "2": (1.25, 1.2, 1.3)},
+        "seconds": {"plain": [1.0, 1.0], "1": [1.0, 1.2], "6": [1.2, 1.3]},
+        "ratios": {"1": (1.1, 1.0, 1.2), "6": (1.25, 1.2, 1.3)},
     },
     "ratios": {
         "authors / ours": (2.875, 2.75, 3.0),
@@ -141,6 +143,16 @@ def test_a_ratio_is_taken_within_rounds():
     seconds = {"a": [2.0, 30.0, 6.0], "b": [1.0, 10.0, 2.0]}
     assert benchmark.ratio(seconds, "a", "b") == (3.0, 2.0, 3.0)
     assert benchmark.ratio({"a": [1.0, 8.0], "b": [1.0, 2.0]}, "a", "b", 10.0) == (25.0, 10.0, 40.0)
+
+
+@pytest.mark.parametrize("rounds, rank", [(2, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (25, 7), (51, 18)])
+def test_the_interval_is_that_of_the_sign_test(rounds, rank):
+    """scipy's binomial tells that these ranks enclose the median with 95%, and that the next ones do not."""
+    ratios = np.random.default_rng(0).permutation(np.linspace(1, 2, rounds))
+    found = benchmark.interval({"a": list(3 * ratios), "b": [3.0] * rounds}, "a", "b")
+    np.testing.assert_allclose(found, [np.sort(ratios)[rank], np.sort(ratios)[-1 - rank]])
+    outside = [2 * sum(math.comb(rounds, below) for below in range(each + 1)) / 2**rounds for each in (rank, rank + 1)]
+    assert (outside[0] <= 0.05 or rounds < 6) and outside[1] > 0.05
 
 
 def test_turns_alternate_and_take_a_tenth_of_a_second_after_the_warm_up(monkeypatch):
@@ -235,12 +247,13 @@ def setup_of(**changes):
 def test_every_step_trains_the_network_that_it_is_named_after(name, task, monkeypatch):
     seen = []
 
-    def look(model, task, inputs, targets, optimizer, scaler, dtype):
+    def look(model, task, inputs, targets, optimizer, scaler, dtype, *others):
         seen.append((model, inputs, targets, dtype, torch.backends.cudnn.allow_tf32))
-        return train_step(model, task, inputs, targets, optimizer, scaler, dtype)
+        return train_step(model, task, inputs, targets, optimizer, scaler, dtype, *others)
 
     train_step = steps.train_step
-    monkeypatch.setattr(steps, "train_step", look)
+    for module in (steps, step_of_training):
+        monkeypatch.setattr(module, "train_step", look)
     step = benchmark.make_step(setup_of(), task, name)
     step()
     model, inputs, targets, *_ = seen[0]
@@ -311,16 +324,16 @@ def test_memory_that_cannot_be_measured_is_recorded_with_the_reason(written):
         "not measured: ValueError" in each for each in peaks.values()
     )
     record = benchmark.load_benchmark(written[0]) | {"memory": {"bytes": peaks}}
-    assert benchmark.table(record).count("not measured") == 5 + 3
+    assert benchmark.table(record).count("not measured") == 7 + 3
 
 
 def test_only_measured_targets_are_judged(written):
     record = benchmark.load_benchmark(written[0])
     met = {target["what"]: target["met"] for target in record["targets"]}
-    assert [met[name] for name in met if name.startswith("cpu")] == [True, False, True]
+    assert [met[name] for name in met if name.startswith("cpu")] == [True, True, True, False]
     assert {met[name] for name in met if name.startswith("cuda")} == {None}
     measured = [target["measured"] for target in record["targets"]]
-    assert measured == [2.875, 1.03333, 0.0075, *["not measured"] * 4]
+    assert measured == [2.875, 1.0, 0.0075, 1.2, *["not measured"] * 6], "lower ends, where the target says so"
     for change in ({"quick": True}, {"device": "cuda"}, {"steps": record["steps"] | {"batch": 64}}):
         assert not any(
             target["met"] for target in benchmark.targets(record | change) if target["what"].startswith("cpu")
@@ -347,12 +360,13 @@ def test_a_record_holds_what_was_measured_in_six_digits(written):
     }
     assert rows["steps: plain"] == ["2,950.000"] and rows["steps: authors"] == ["8,500.000"]
     assert rows["plain"] == ["50.000", "1,000.000", "1.000"] and rows["authors"][2] == "2.000"
-    assert rows["authors / ours"] == ["2.875", "2.750", "3.000"] and rows["SWRN 28-1-2 / plain"][0] == "1.250"
-    assert "load" in printed and printed.count("not measured") == 5
+    assert rows["authors / ours"] == ["2.875", "2.750", "3.000"] and rows["SWRN 28-1-6 / plain"] == ["1.200", "1.300"]
+    assert "load" in printed and printed.count("not measured") == 7
     assert [line.split()[-2:] for line in printed.splitlines() if line.startswith("cpu, ")] == [
         ["2.875", "yes"],
-        ["1.033", "no"],
+        ["1.000", "yes"],
         ["0.007", "yes"],
+        ["1.200", "no"],
     ]
 
 
@@ -443,10 +457,10 @@ def test_the_plot_shows_medians_and_their_range(written):
     record = benchmark.load_benchmark(written[0])
     axes = pictures.cost_by_templates(record)
     (line,) = (line for line in axes.get_lines() if line.get_label() == "SWRN 28-1-k")
-    assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == [1.1, 1.25]
+    assert line.get_xdata().tolist() == [1, 6] and line.get_ydata().tolist() == [1.1, 1.25]
     (one,) = (line for line in axes.get_lines() if line.get_label() == "WRN 28-1")
     assert list(one.get_ydata()) == [1.0, 1.0]
     band = axes.collections[0].get_paths()[0].vertices
-    assert {tuple(row) for row in band} == {(1.0, 1.0), (1.0, 1.2), (2.0, 1.2), (2.0, 1.3)}
+    assert {tuple(row) for row in band} == {(1.0, 1.0), (1.0, 1.2), (6.0, 1.2), (6.0, 1.3)}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("templates k", "step time / plain WRN")
     plt.close("all")

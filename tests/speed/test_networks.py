@@ -18,6 +18,7 @@ from softshare import cli, files
 from softshare.models import Network
 from softshare.speed import benchmark, networks, records, steps
 from softshare.studies import comparison, tables
+from softshare.training import step
 
 SMALL = {
     "CIFAR": networks.Group(("WRN 28-1", "SWRN 28-1-2", "DARTS width 4"), 32, 1.0),
@@ -139,15 +140,15 @@ def test_a_step_is_timed_after_one_to_warm_up_and_for_at_least_a_tenth_of_a_seco
 def test_a_step_trains_the_named_network_on_all_images(name, side, monkeypatch):
     seen = []
 
-    def look(model, task, inputs, targets, optimizer, scaler, dtype):
+    def look(model, task, inputs, targets, optimizer, scaler, dtype, *others):
         before = [parameter.clone() for parameter in model.parameters()]
-        loss = train_step(model, task, inputs, targets, optimizer, scaler, dtype)
+        loss = train_step(model, task, inputs, targets, optimizer, scaler, dtype, *others)
         moved = sum(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
         seen.append((sum(p.numel() for p in model.parameters()), inputs.shape, targets.shape, moved / len(before)))
         return loss
 
-    train_step = steps.train_step
-    monkeypatch.setattr(steps, "train_step", look)
+    train_step = step.train_step
+    monkeypatch.setattr(step, "train_step", look)
     assert networks.seconds_of_a_step(name, steps.noise(2, torch.device("cpu"), side)) > 0
     from softshare import models
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from softshare.studies import costs, make_plan, study_of
+from softshare import models
+from softshare.studies import costs, folding, make_plan, study_of, train
 
 
 def test_a_longer_schedule_costs_in_proportion():
@@ -26,6 +27,28 @@ def test_a_wide_network_by_hand():
 def test_small_networks_are_bound_by_launches_on_a_gpu():
     plan = make_plan("SCNN 100 layers", "fast")
     assert costs.expected_seconds(plan, gpu=True) == pytest.approx(9 * 3_000 / 32 * 102 * costs.LAUNCH_SECONDS)
+
+
+def test_captured_steps_are_bound_less(tmp_path):
+    plan = make_plan("SCNN", "paper")
+    expected = 250 * 50 * 22 * costs.CAPTURED_SECONDS
+    assert costs.expected_seconds(plan, gpu=True, speed=1e15) == pytest.approx(expected)
+    assert costs.expected_seconds(plan, gpu=False, speed=1e15) == pytest.approx(3 * expected)
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("SWRN 28-2-2 cutout", 2), ("SCNN", 3)])
+def test_the_size_of_a_checkpoint(name, tensors, tmp_path):
+    """Against a real one, but for the statistics, buffers and similarities that it also holds."""
+    record, _ = train(name, rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c", progress=False, device="cpu")
+    (*_, path) = sorted((tmp_path / "c" / record.path.stem).glob("step-*"))
+    assert path.stat().st_size == pytest.approx(costs.checkpoint_bytes(make_plan(name, "fast", rehearse=True)), rel=0.3)
+
+
+def test_folding_costs_forward_passes(monkeypatch):
+    plan = make_plan("SWRN 40-8-8", "short")
+    forward = models.multiply_adds("SWRN 40-8-8", 32)
+    tests = 2 * (len(folding.THRESHOLDS) + 1)  # each way, before and at each threshold
+    assert costs.fold_seconds(plan, True, 1e12) == pytest.approx(tests * 10_000 * forward / 1e12)
 
 
 def test_a_measured_speed_comes_from_a_whole_benchmark(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,21 +13,40 @@ from pathlib import Path
 
 import pytest
 
+from softshare import models
 from softshare.studies import RECIPES, STUDIES, find_records, gpu_list, make_plan, study_of, write_record
 from softshare.studies.gpu_list import Entry, Job, Places
+from softshare.training.processor import processor_name
 
 
 def test_entries_are_ordered_by_value():
-    jobs = [entry.jobs for entry in gpu_list.entries()]
-    assert jobs[0] == ()
-    assert set(jobs[1]) == {Job(name, seed) for name in ("CNN", "SCNN") for seed in range(10, 15)}
-    assert jobs[2] == (Job("SWRN 40-8-8", 0, "short"),)
-    for seed in range(3):
-        assert [job[:2] for job in jobs[4 + seed]] == [("WRN 28-6 cutout", seed), ("SWRN 28-6-2 cutout", seed)]
-    assert [each[0][0] for each in jobs[8:10]] == ["WRN 28-10 cutout", "SWRN 28-10-2 cutout"]
-    assert {each[0][0] for each in jobs[10:]} == {name for name in RECIPES if name.endswith("*")}
-    for job in (job for each in jobs for job in each):
+    entries = gpu_list.entries()
+    assert entries[0].jobs == () and [len(entry.jobs) for entry in entries[1:8]] == [10, 2, 10, 10, 40, 1, 10]
+    for entry, first in ((entries[1], 10), (entries[3], 15)):
+        assert entry.jobs == tuple(Job(name, seed) for seed in range(first, first + 5) for name in ("CNN", "SCNN"))
+    deep = Job("SWRN 40-8-8", 0, "short")
+    assert entries[2].jobs == (deep, deep._replace(folds=True))
+    for entry, width, seeds in ((entries[5], 2, 8), (entries[8], 6, 3), (entries[9], 10, 1)):
+        for seed in range(seeds):
+            some = entry.jobs[5 * seed : 5 * seed + 5]
+            assert {job.seed for job in some} == {seed} and {job.profile for job in some} == {"short"}
+            assert {job.recipe for job in some} == {
+                f"{name} cutout" for name in (f"WRN 28-{width}", f"SWRN 28-{width}-2", f"SWRN 28-{width}-1",
+                                              f"SWRN 28-{width}", f"WRN 16-{width}")
+            }  # fmt: skip
+    assert {job.recipe for entry in entries[11:] for job in entry.jobs} == {name for name in RECIPES if name.endswith("*")}
+    jobs = [job for entry in entries for job in entry.jobs]
+    assert len(set(jobs)) == len(jobs)
+    for job in jobs:
         make_plan(job.recipe, job.profile, job.seed)
+    assert {name for name in RECIPES if RECIPES[name].study == "paths"} <= {job.recipe for job in jobs}
+
+
+def test_networks_of_equal_parameters_are_about_equal():
+    """What their recipes say of them."""
+    for width in (2, 6, 10):
+        sizes = [models.parameters(f"{name}-{width}{k}") for name, k in (("WRN 16", ""), ("SWRN 28", "-2"))]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
 @pytest.fixture
@@ -37,39 +57,92 @@ def images(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("minutes", "chosen"), [(1, []), (30, ["curriculum"]), (80, ["curriculum", "similarity"])])
-def test_what_fits_is_chosen_from_the_top(minutes, chosen, tmp_path, monkeypatch, images):
-    """At the assumed speed the curriculum takes minutes, run side by side, and SWRN 40-8-8 three quarters of an hour."""
-    done, clock = [], [0.0]
-    monkeypatch.setattr(gpu_list.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(gpu_list, "_benchmark", lambda *_: ("done", 1.0))
-    first = gpu_list.entries()[:3]
-    monkeypatch.setattr(gpu_list, "entries", lambda: first)
-    places = Places("cuda", tmp_path, tmp_path)
+@pytest.fixture
+def clock(monkeypatch, images):
+    """A list whose jobs take as long as they are expected to, on a GPU; yields what was done, with its limit."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(gpu_list.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_list, "_hardware", lambda places: "H")
 
-    def train(waiting, where, side, limit):
-        done.append("curriculum" if waiting[0][0] == "CNN" else "similarity")
-        needs = sum(gpu_list.still_needs(job, where, None) for job in waiting) / side
-        clock[0] += min(needs, limit)
-        assert where == places and clock[0] <= minutes * 60 + 1e-6
-        return [(job, "done after 1 s") for job in waiting]
+    def done(command, limit):
+        if command[3] == "bench":
+            return "done after 1 s"
+        job = Job(command[4], int(command[6]), command[8], folds=command[3] == "fold")
+        needs = gpu_list.still_needs(job, Places("cuda", command[12], command[14]), None)
+        now[0] += min(needs, limit)
+        calls.append((job, limit))
+        return "done after 1 s" if needs <= limit else "stopped at its limit"
 
-    monkeypatch.setattr(gpu_list, "side_by_side", train)
-    assert gpu_list.run_list(minutes, places) == 0
-    assert done[: len(chosen)] == chosen and len(done) <= len(chosen) + 1
+    monkeypatch.setattr(gpu_list, "done", done)
+    return calls
+
+
+def worked(clock, monkeypatch, tmp_path, minutes, carry, *jobs):
+    monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("benchmark"), *(Entry("e", (job,)) for job in jobs)])
+    assert gpu_list.run_list(minutes, Places("cuda", tmp_path, tmp_path, carry)) == 0
+    return [job for job, _ in clock]
+
+
+def test_what_fits_is_done_and_what_can_go_on_is_begun(clock, monkeypatch, tmp_path):
+    """In a quarter of an hour: a run of hours with large checkpoints is skipped, one with small checkpoints is begun."""
+    small, large, short = Job("SCNN 100 layers", 10), Job("SWRN 28-10-2*", 0), Job("CNN", 10)
+    monkeypatch.setattr(gpu_list.costs, "LAUNCH_SECONDS", 1e-3)
+    assert worked(clock, monkeypatch, tmp_path, 15, 12.0, large, small, short) == [small]
+    assert clock[0][1] <= 15 * 60, "under the time left"
+    clock.clear()
+    assert worked(clock, monkeypatch, tmp_path, 15, 12.0, large, short, small) == [short, small]
+    clock.clear()
+    assert worked(clock, monkeypatch, tmp_path, 15, math.inf, large, small, short) == [large], "where checkpoints stay"
+
+
+def test_a_run_is_begun_only_if_its_folds_fit_too(clock, monkeypatch, tmp_path, capsys):
+    deep = Job("SWRN 40-8-8", 0, "short")
+    entry = Entry("deep", (deep, deep._replace(folds=True)))
+    monkeypatch.setattr(gpu_list, "entries", lambda: [entry])
+    run, folds = (gpu_list.still_needs(job, Places("cuda", tmp_path, tmp_path), None) for job in entry.jobs)
+    for spare, begun in ((-1, []), (1, [deep])):
+        gpu_list.run_list((run + folds + spare) / 60, Places("cuda", tmp_path, tmp_path, 12.0))
+        assert [job for job, _ in clock] == begun
+    assert "skipped: its network is not trained yet" in capsys.readouterr().out
+
+
+def test_each_job_has_a_limit_of_its_own(clock, monkeypatch, tmp_path):
+    worked(clock, monkeypatch, tmp_path, 600, 12.0, Job("CNN", 10))
+    ((job, limit),) = clock
+    assert limit == pytest.approx(120 + 2 * gpu_list.still_needs(job, Places("cuda", tmp_path, tmp_path), None))
 
 
 def test_time_already_covered_by_a_checkpoint_is_not_needed_again(tmp_path, images):
-    places, job = Places("cuda", "", tmp_path), Job("SWRN 28-14-2*", 3, data="cifar100")
+    places, job = Places("cpu", tmp_path / "r", tmp_path), Job("SWRN 28-14-2*", 3, data="cifar100")
     whole = gpu_list.still_needs(job, places, None)
     plan = make_plan("SWRN 28-14-2*", "paper", 3)
     folder = tmp_path / study_of(plan).identity(plan, "cifar100").stem
     folder.mkdir()
     (folder / f"step-{391 * 150:08d}-aaaaaaaa-bbbbbbbbbbbbbbbb.safetensors").touch()
-    assert gpu_list.still_needs(job, places, None) == pytest.approx(whole / 4)
+    start = gpu_list.STARTUP
+    assert gpu_list.still_needs(job, places, None) - start == pytest.approx((whole - start) / 4)
     # The checkpoint does not count for another seed or another data set.
     assert gpu_list.still_needs(job._replace(seed=4), places, None) == whole
     assert gpu_list.still_needs(job._replace(data="cifar10"), places, None) == whole
+
+
+def test_what_was_measured_here_tells_how_long_the_next_seed_takes(tmp_path, images):
+    places, job = Places("cpu", tmp_path, tmp_path / "c"), Job("WRN 28-2 cutout", 3, "short")
+    estimated = gpu_list.still_needs(job, places, None)
+
+    def write(seed, seconds, **facts):
+        plan = make_plan(job.recipe, job.profile, seed)
+        facts = {"hardware": processor_name(), "seconds": seconds} | facts
+        data = {"source": "x", "fingerprint": "None"}
+        write_record(study_of(plan).identity(plan, "None"), {}, data=data, execution=facts, runs=tmp_path)
+
+    write(0, 77.0, hardware="another")
+    write(1, 88.0, earlier=[{}])
+    assert gpu_list.still_needs(job, places, None) == estimated
+    write(2, 1000.0)
+    write(4, 999.0)
+    assert gpu_list.still_needs(job, places, None) == gpu_list.STARTUP + 1000.0
+    assert gpu_list.still_needs(job._replace(recipe="WRN 16-2 cutout"), places, None) != gpu_list.STARTUP + 1000.0
 
 
 def test_only_the_same_run_on_the_same_data_counts_as_done(tmp_path, images):
@@ -92,7 +165,8 @@ def test_only_the_same_run_on_the_same_data_counts_as_done(tmp_path, images):
 
 def test_a_missing_data_set_is_reported_and_other_runs_continue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("both", (Job("WRN 28-6", 0), Job("CNN", 0)))])
-    monkeypatch.setattr(gpu_list, "side_by_side", lambda waiting, *_: [(job, "done") for job in waiting])
+    monkeypatch.setattr(gpu_list, "done", lambda *_: "done")
+    monkeypatch.setattr(gpu_list, "_hardware", lambda places: "H")
     monkeypatch.setattr("softshare.files.cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setenv("SOFTSHARE_DATA", "")
     assert gpu_list.run_list(60, Places("cuda", tmp_path, tmp_path)) == 1
@@ -106,7 +180,8 @@ def test_a_missing_data_set_is_reported_and_other_runs_continue(tmp_path, monkey
 @pytest.mark.parametrize("trouble", ["a damaged archive", "a file in the place of the folder"])
 def test_trouble_with_one_data_set_does_not_hide_the_other_runs(tmp_path, monkeypatch, capsys, trouble):
     monkeypatch.setattr(gpu_list, "entries", lambda: [Entry("both", (Job("WRN 28-6", 0), Job("CNN", 0)))])
-    monkeypatch.setattr(gpu_list, "side_by_side", lambda waiting, *_: [(job, "done") for job in waiting])
+    monkeypatch.setattr(gpu_list, "done", lambda *_: "done")
+    monkeypatch.setattr(gpu_list, "_hardware", lambda places: "H")
     place = tmp_path / "cifar.zip" if trouble.startswith("a file") else tmp_path / "data"
     monkeypatch.setenv("SOFTSHARE_DATA", str(place))
     if place.suffix:
@@ -129,7 +204,7 @@ def test_inside_an_application_runs_cannot_be_started(monkeypatch):
 def test_the_folders_of_a_list_may_be_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     places = Places(runs="~/r", checkpoints="~/c")
-    command = places.command(Job("CNN", 0), quiet=True)
+    command = places.command(Job("CNN", 0))
     assert str(tmp_path / "r") in command and str(tmp_path / "c") in command
     assert gpu_list._benchmark_output(places) == tmp_path / "r" / "benchmarks" / "benchmark.json"
 
@@ -140,23 +215,17 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     program.chmod(0o755)
     monkeypatch.setattr(gpu_list.sys, "executable", str(program))
-    jobs = [Job("WRN 28-10*", 2, data="cifar100"), Job("CNN", 0, "short")]
+    jobs = [Job("WRN 28-10*", 2, data="cifar100"), Job("CNN", 0, "short"), Job("SWRN 40-8-8", 1, "short", folds=True)]
     for places in (Places("cuda", "r", "c"), Places(runs="r", checkpoints="c", rehearse=True)):
-        outcomes = gpu_list.side_by_side(jobs, places, 1, 60.0)
-        assert [job for job, _ in outcomes] == jobs and all(outcome.startswith("done") for _, outcome in outcomes)
+        assert all(gpu_list.done(places.command(job), 60.0).startswith("done after") for job in jobs)
     calls = (tmp_path / "calls").read_text().splitlines()
-    start, where = "-m softshare run", "--device cuda --runs r --checkpoints c"
-    assert calls[0] == f"{start} WRN 28-10* --seed 2 --profile paper {where} --data cifar100"
-    assert calls[1] == f"{start} CNN --seed 0 --profile short {where}"
-    where = "--device cpu --runs r --checkpoints c --rehearse --quiet"
-    assert calls[2:] == [f"{start} {job.recipe} --seed {job.seed} --profile fast {where}" for job in jobs]
-
-
-@pytest.fixture
-def endless_jobs(monkeypatch):
-    """Runs that would take hours."""
-    monkeypatch.setenv("SOFTSHARE_DATA", "")
-    return [Job("CNN", seed) for seed in range(3)]
+    where = "--device cuda --runs r --checkpoints c"
+    assert calls[0] == f"-m softshare run WRN 28-10* --seed 2 --profile paper {where} --data cifar100"
+    assert calls[1] == f"-m softshare run CNN --seed 0 --profile short {where} --checkpoint-seconds 20"
+    assert calls[2] == f"-m softshare fold SWRN 40-8-8 --seed 1 --profile short {where} --sweep"
+    assert all(
+        f"--profile fast {where.replace('cuda', 'cpu')}" in call and "--rehearse" in call for call in calls[3:]
+    )
 
 
 def test_sigterm_ends_the_runs_too(tmp_path):
@@ -193,7 +262,7 @@ def test_sigterm_received_by_another_thread_is_handled(tmp_path):
     code = (
         "import sys, threading\nfrom signal import SIGTERM, raise_signal\nfrom softshare.studies import gpu_list\n"
         "class Places(gpu_list.Places):\n"
-        "    def command(self, job, quiet):\n"
+        "    def command(self, job):\n"
         "        threading.Timer(1, raise_signal, [SIGTERM]).start()\n"
         "        return [sys.executable, '-c', 'import time; time.sleep(100)']\n"
         "gpu_list.entries = lambda: [gpu_list.Entry('one', (gpu_list.Job('CNN', 0),))]\n"
@@ -218,40 +287,34 @@ def test_a_mistyped_folder_is_reported_and_other_runs_continue(tmp_path, monkeyp
 
 def test_a_failed_run_is_reported_with_its_status(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
-    ((job, outcome),) = gpu_list.side_by_side(
-        [Job("WRN 28-6", 0)], Places(runs=tmp_path, checkpoints=tmp_path), 1, 60.0
-    )
+    outcome = gpu_list.done(Places(runs=tmp_path, checkpoints=tmp_path).command(Job("WRN 28-6", 0)), 60.0)
     assert outcome.startswith("failed with status 1 after")
 
 
-def test_a_run_over_its_limit_is_stopped(endless_jobs, tmp_path):
+def test_a_run_over_its_limit_is_stopped(tmp_path):
     started = time.monotonic()
-    outcomes = gpu_list.side_by_side(endless_jobs, Places(runs=tmp_path, checkpoints=tmp_path), 2, 2.0)
+    outcome = gpu_list.done(Places(runs=tmp_path, checkpoints=tmp_path).command(Job("CNN", 0)), 2.0)
     assert time.monotonic() - started < 10
-    assert [outcome.split(":")[0] for _, outcome in outcomes] == [
-        "stopped at its limit; the same command resumes it",
-        "stopped at its limit; the same command resumes it",
-        "not started",
-    ]
+    assert outcome == "stopped at its limit of 2 s; the same command goes on"
 
 
-def test_a_list_needs_time_and_at_least_one_process():
-    for minutes, parallel in ((0, 1), (1, 0)):
-        with pytest.raises(ValueError, match="minutes must be above 0 and parallel at least 1"):
-            gpu_list.run_list(minutes, Places(parallel=parallel))
+def test_a_list_needs_time_and_some_checkpoints():
+    for minutes, carry in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="minutes and carry must be above 0"):
+            gpu_list.run_list(minutes, Places(carry=carry))
 
 
 @pytest.mark.long
 def test_a_rehearsal_executes_every_step_and_a_second_one_finds_all_records(tmp_path):
-    arguments = ["gpu", "--minutes", "60", "--rehearse", "--parallel", "2", "--device", "cpu"]
+    arguments = ["gpu", "--minutes", "60", "--rehearse", "--device", "cpu"]
     arguments += ["--runs", str(tmp_path / "runs"), "--checkpoints", str(tmp_path / "c")]
     command = [sys.executable, "-m", "softshare", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SOFTSHARE_DATA": ""}
     first = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert first.returncode == 0, first.stdout + first.stderr
     found = find_records(tmp_path / "runs")
-    wanted = {job[:2] for entry in gpu_list.entries() for job in entry.jobs}
-    assert {(record.recipe, record.seed) for record in found} == wanted
+    wanted = {f"fold of {job.recipe}" * job.folds or job.recipe for entry in gpu_list.entries() for job in entry.jobs}
+    assert {record.recipe for record in found} == wanted and len(found) == len(wanted), "each recipe once"
     assert json.loads((tmp_path / "runs" / "benchmarks" / "benchmark.json").read_text())["quick"] is True
     before = {record.path: record.path.stat().st_mtime_ns for record in found}
     second = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
