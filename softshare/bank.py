@@ -241,7 +241,11 @@ class TemplateBank(WeightSource):
         with without_autocast(templates.device):
             if torch.compiler.is_compiling():  # a compiler turns the sum into one pass over the templates
                 return (coefficients.unsqueeze(-1) * templates).sum(-2)
-            if templates.dtype is torch.float32 and templates.device.type in ("cpu", "cuda") and _products_are_rounded():
+            if (
+                templates.dtype is torch.float32
+                and templates.device.type in ("cpu", "cuda")
+                and _products_are_rounded()
+            ):
                 return (coefficients.double() @ templates.double()).float()
             return coefficients @ templates
 

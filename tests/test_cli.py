@@ -35,7 +35,7 @@ def test_the_list_names_every_recipe_and_its_cost(capsys):
         (["run", "WRN 28-10", "--profile", "gpu", "--data", "/nowhere/at/all"], "no image folder or archive at"),
         (["fold", "SCNN", "--runs", "/nowhere"], "train it first: softshare run 'SCNN'"),
         (["fold", "CNN", "--runs", "/nowhere", "--threshold", "2"], "no record of CNN"),
-        (["gpu", "--minutes", "0"], "minutes must be above 0"),
+        (["gpu", "--minutes", "0"], "minutes and carry must be above 0"),
     ],
 )
 def test_wrong_arguments_are_reported_in_one_line(arguments, message, capsys):

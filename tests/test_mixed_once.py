@@ -93,7 +93,7 @@ def test_layers_may_be_read_never_or_often(reads, last_layout):
     torch.testing.assert_close(found[0], found[1])
 
 
-# ------------------------------------------------------------------------------------------------------------ how long it lasts
+# ---------------------------------------------------------------------------------------------------- how long it lasts
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward later"])
@@ -148,7 +148,7 @@ def test_gradients_accumulate_over_blocks():
     torch.testing.assert_close(found_gradients(model), expected)
 
 
-# ------------------------------------------------------------------------------------------------------ reads that need their own
+# -------------------------------------------------------------------------------------------- reads that need their own
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -218,7 +218,7 @@ def test_a_bank_with_a_way_of_its_own_keeps_it():
         torch.testing.assert_close(model[1].weight, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------- precision
+# ------------------------------------------------------------------------------------------------------------ precision
 
 
 def test_autocast_never_rounds_mixed_weights():
@@ -257,7 +257,7 @@ def test_mixing_is_exact_under_the_newer_switches():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-# ------------------------------------------------------------------------------------------------- compilers, processes, training
+# --------------------------------------------------------------------------------------- compilers, processes, training
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

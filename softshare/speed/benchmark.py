@@ -242,12 +242,11 @@ def targets(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     steps, found = record["steps"], []
     here = (record["device"].split(":")[0], steps["model"], steps["batch"], record["quick"])
     for device, model, what, bound, value, aim in TARGETS:
-        measured, met = NOT_MEASURED, None
+        judged: dict[str, Any] = {"measured": NOT_MEASURED, "met": None}
         if here == (device, model, 128, False):
             measured = _measured(record, what, lower=aim == LOWER)
-            met = measured >= value if bound == "at least" else measured <= value
-        target = f"{bound} {value}{aim}"
-        found.append({"what": f"{device}, {model}: {what}", "target": target, "measured": measured, "met": met})
+            judged = {"measured": measured, "met": measured >= value if bound == "at least" else measured <= value}
+        found.append({"what": f"{device}, {model}: {what}", "target": f"{bound} {value}{aim}"} | judged)
     return found
 
 

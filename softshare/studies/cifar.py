@@ -96,7 +96,7 @@ class Cifar(Study):
                 dense_epochs=5,
             ),
             Recipe(
-                "SWRN 40-8-8 on shuffled labels",
+                "SWRN 40-8-8 shuffled",
                 self.name,
                 "SWRN 40-8-8",
                 f"control for {_SIMILARITY}: what training alone does",

@@ -17,8 +17,8 @@ CPU_SPEED, GPU_SPEED = 55e9, 8e12
 images/s). GPU: assumed, a quarter of a T4's nominal speed in float16; not measured."""
 
 LAUNCH_SECONDS = 3e-4
-"""What a convolution and what follows it need per training step, however small they are, if Python launches each kernel. CPU:
-measured (0.36 ms, one thread of an EPYC, recipe DARTS in profile fast); GPU: assumed, not measured."""
+"""What a convolution and what follows it need per training step, however small they are, if Python launches each kernel.
+CPU: measured (0.36 ms, one thread of an EPYC, recipe DARTS in profile fast); GPU: assumed, not measured."""
 
 CAPTURED_SECONDS = 1e-4
 """The same in a captured step, see `softshare.training.graphed`: assumed. The kernels of a grid network with 22 convolutions

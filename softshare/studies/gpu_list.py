@@ -151,13 +151,15 @@ def entries() -> list[Entry]:
         return [f"{name.format(width)} cutout" for name in names]
 
     deep = Job("SWRN 40-8-8", 0, "short")
-    shuffled = Job("SWRN 40-8-8 on shuffled labels", 0, "short")
+    shuffled = Job("SWRN 40-8-8 shuffled", 0, "short")
     found = [
         Entry("benchmark"),
         Entry("shortest-path curriculum, five seeds", pairs(("CNN", "SCNN"), range(10, 15))),
         Entry("similarity and folding, 30 epochs", (deep, deep._replace(folds=True))),
         Entry("shortest-path curriculum, five more seeds", pairs(("CNN", "SCNN"), range(15, 20))),
-        Entry("the curriculum regularised, and with one template", pairs(("SCNN lambda 0.01", "SCNN-1"), range(10, 15))),
+        Entry(
+            "the curriculum regularised, and with one template", pairs(("SCNN lambda 0.01", "SCNN-1"), range(10, 15))
+        ),
         Entry("sharing at width 2, 30 epochs, eight seeds", pairs(widths(2), range(8), "short")),
         Entry("similarity where nothing can be learned", (shuffled,)),
     ]

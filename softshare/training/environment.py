@@ -106,8 +106,8 @@ class Execution:
     """How a run is carried out, for its record; includes earlier processes of the same run, known from checkpoints.
 
     Attributes:
-        now: this process, or process 0 for all: `execution_facts`, whether steps are captured and compiled, how many processes train
-            together, and as "others" the same facts about the other ones.
+        now: this process, or process 0 for all: `execution_facts`, whether steps are captured and compiled, how many
+            processes train together, and as "others" the same facts about the other ones.
         earlier: the same for the processes before, if the run was interrupted.
         after: the same for a process that found the training finished and only measured; None if there was none.
     """

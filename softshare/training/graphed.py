@@ -280,7 +280,11 @@ class Steps:
         made_for = (task, losses, *fixed), (*map(id, state.values()), *python_state(self.stepper.model))
         if self.replayed:
             (objects, rest), step = self.replayed
-            if len(objects) == len(made_for[0]) and all(map(operator.is_, objects, made_for[0])) and rest == made_for[1]:
+            if (
+                len(objects) == len(made_for[0])
+                and all(map(operator.is_, objects, made_for[0]))
+                and rest == made_for[1]
+            ):
                 return step
         new = not self.replayed or self.replayed[0][0][0] is not task
         self.replayed = None  # frees its memory
@@ -329,7 +333,7 @@ def filled(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     A captured step cannot make them, since each replay would make them again. From zeros the first step is the same.
     """
     adam = isinstance(optimizer, torch.optim.Adam)
-    found = {}
+    found: dict[str, Tensor] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         if not parameter.requires_grad:

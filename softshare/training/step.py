@@ -22,7 +22,8 @@ def make_optimizer(model: nn.Module, schedule: Schedule, rate: Tensor | None = N
     With `rate`, a scalar tensor on the model's device from which the rate is read, steps are fused and can be captured in a
     CUDA graph.
     """
-    groups, how = decay_groups(model, schedule.weight_decay), {"fused": True} if rate is not None else {}
+    groups = decay_groups(model, schedule.weight_decay)
+    how: dict[str, Any] = {} if rate is None else {"fused": True}
     given: Any = schedule.rate if rate is None else rate
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=given, momentum=0.9, nesterov=schedule.nesterov, **how)

@@ -112,3 +112,12 @@ def test_shrunk_images_are_means_of_pixels(factor):
 def test_splits_and_sides_that_do_not_fit(call, error, says):
     with pytest.raises(error, match=says):
         call(load("digits", "test"))
+
+
+def test_shuffled_labels_keep_their_frequencies_and_images():
+    found = load("digits", "train")
+    shuffled = found.shuffled(seed=1)
+    assert torch.equal(shuffled.images, found.images) and torch.equal(shuffled.labels, found.shuffled(1).labels)
+    assert torch.equal(shuffled.labels.bincount(), found.labels.bincount())
+    assert (shuffled.labels == found.labels).float().mean() < 0.2 and shuffled.fingerprint != found.fingerprint
+    assert not torch.equal(shuffled.labels, found.shuffled(seed=2).labels)

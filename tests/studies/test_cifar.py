@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softshare import images
-from softshare.studies import make_plan, study_of
+from softshare.studies import STUDIES, make_plan, study_of
 
 
 @pytest.fixture
@@ -77,3 +77,15 @@ def test_the_toy_falls_back_to_digits_but_not_past_a_mistyped_name(no_copy, monk
     monkeypatch.setenv("SOFTSHARE_DATA", str(no_copy / "mistyped"))
     with pytest.raises(FileNotFoundError, match="mistyped"):
         tasks_of("SWRN 28-10-2*", "fast")
+
+
+def test_shuffled_labels_are_those_of_training_alone():
+    plans = [make_plan(name, "fast") for name in ("SWRN 40-8-8", "SWRN 40-8-8 shuffled")]
+    plain, shuffled = (STUDIES["cifar"].tasks(plan, "digits") for plan in plans)
+    assert torch.equal(plain.train.images, shuffled.train.images)
+    assert (plain.train.labels == shuffled.train.labels).float().mean() < 0.2
+    for one, other in ((plain.train, shuffled.train), (plain.test, shuffled.test)):
+        assert torch.equal(one.held_out[1], other.held_out[1])
+    assert plain.train.identity() != shuffled.train.identity(), "so that no checkpoint is taken for the other's"
+    identities = [STUDIES["cifar"].identity(plan, "x") for plan in plans]
+    assert identities[1].chosen["sizes"]["shuffled"] is True and "shuffled" not in identities[0].chosen["sizes"]

@@ -34,7 +34,9 @@ def test_entries_are_ordered_by_value():
                 f"{name} cutout" for name in (f"WRN 28-{width}", f"SWRN 28-{width}-2", f"SWRN 28-{width}-1",
                                               f"SWRN 28-{width}", f"WRN 16-{width}")
             }  # fmt: skip
-    assert {job.recipe for entry in entries[11:] for job in entry.jobs} == {name for name in RECIPES if name.endswith("*")}
+    assert {job.recipe for entry in entries[11:] for job in entry.jobs} == {
+        name for name in RECIPES if name.endswith("*")
+    }
     jobs = [job for entry in entries for job in entry.jobs]
     assert len(set(jobs)) == len(jobs)
     for job in jobs:
@@ -223,9 +225,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     assert calls[0] == f"-m softshare run WRN 28-10* --seed 2 --profile paper {where} --data cifar100"
     assert calls[1] == f"-m softshare run CNN --seed 0 --profile short {where} --checkpoint-seconds 20"
     assert calls[2] == f"-m softshare fold SWRN 40-8-8 --seed 1 --profile short {where} --sweep"
-    assert all(
-        f"--profile fast {where.replace('cuda', 'cpu')}" in call and "--rehearse" in call for call in calls[3:]
-    )
+    assert all(f"--profile fast {where.replace('cuda', 'cpu')}" in call and "--rehearse" in call for call in calls[3:])
 
 
 def test_sigterm_ends_the_runs_too(tmp_path):

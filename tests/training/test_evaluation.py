@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import softshare
-from softshare import models
+from softshare import banks, models
+from softshare.bank import TemplateBank
 from softshare.training import evaluate, fit, pick_precision, with_reestimated_statistics
 from softshare.training.devices import precision_name
 from softshare.training.settings import Settings

@@ -1,4 +1,4 @@
-"""Captured steps: as eager ones, checked before they are trusted, given up with a reason; on a CPU with a strict stand-in."""
+"""Captured steps: as eager ones, checked before they are trusted, given up with a reason; a strict stand-in on the CPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_cutout_and_flips_change_from_epoch_to_epoch(digits, device):
 
 
 def test_dropout_draws_new_numbers_at_each_replay(digits, device):
-    """With a rate of 0 and one batch, the losses differ only by what was dropped; the same numbers come with the same seed."""
+    """With hardly any rate and one batch, losses differ by what was dropped alone; the same seed drops the same."""
     one = Classification(digits[0].split(64)[0], None, images.Augmentation(*digits[0].statistics(), flip=False, pad=0))
     found = [
         trained(one, lambda: models.wrn(16, 1, dropout=0.5), device=device, rate=1e-30, weight_decay=0.0, epochs=4)[1]
@@ -173,7 +173,7 @@ def test_what_callbacks_change_is_captured_again(task, device):
     assert_captured_is_eager(task, model=Net, callbacks=[change], device=device)
 
 
-# --------------------------------------------------------------------------------------------------------- trust, and its limits
+# ------------------------------------------------------------------------------------------------ trust, and its limits
 
 
 @pytest.mark.parametrize("missed", ["conv1.weight", "losses", "place of the next loss"])
@@ -235,7 +235,9 @@ def test_steps_that_cannot_be_captured_run_without(digits, device, name, monkeyp
         pytest.skip("a graph may read memory of the GPU that happens to stay")
     monkeypatch.setattr(Reading, "how", staticmethod(FORBIDDEN[name]))
     task = Reading(*digits, images.Augmentation(*digits[0].statistics(), flip=False, pad=1))
-    with pytest.warns(UserWarning, match=r"not captured in a CUDA graph \(HostRead" if device == "cpu" else "not captured"):
+    with pytest.warns(
+        UserWarning, match=r"not captured in a CUDA graph \(HostRead" if device == "cpu" else "not captured"
+    ):
         _, losses, facts = trained(task, device=device)
     assert facts["captured"] == "failed, so it ran without"
     _, eager, _ = trained(task, device=device, capture=False)
@@ -292,7 +294,7 @@ def test_capture_is_refused_with_a_reason_and_not_tried_unasked(task, monkeypatc
     assert facts["captured"] is True and len(tapes) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------- compiling
+# ------------------------------------------------------------------------------------------------------------ compiling
 
 
 @pytest.fixture
@@ -378,7 +380,7 @@ class TestOnAGPU:
         assert losses[-1] < 0.7 * losses[0] and torch.rand(3, device="cuda").unique().numel() == 3
 
 
-# ------------------------------------------------------------------------------------------------------------------ comparing
+# ------------------------------------------------------------------------------------------------------------ comparing
 
 
 def test_the_difference_of_runs():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from softshare.training import Schedule, Settings
 
-EXECUTION = {"precision": "float16", "tf32": False, "channels_last": False, "compile": True}
+EXECUTION = {"precision": "float16", "tf32": False, "channels_last": False, "capture": True, "compile": True}
 
 
 def test_the_schedule_is_json_and_holds_nothing_of_the_execution():
@@ -25,7 +25,7 @@ def test_the_schedule_is_json_and_holds_nothing_of_the_execution():
     assert set(EXECUTION) == {field.name for field in dataclasses.fields(Settings)} - set(found)
     assert Settings(**found).schedule() == Schedule(**found).schedule() == found
     assert Settings(**found) == dataclasses.replace(
-        settings, precision="auto", tf32=True, channels_last=True, compile=None
+        settings, precision="auto", tf32=True, channels_last=True, capture=None, compile=None
     )
 
 

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softshare import images, models, shortest_path
 from softshare.models.searched import set_progress
@@ -60,6 +62,29 @@ def test_batches_of_images_do_not_depend_on_what_else_is_in_them(task):
         assert not torch.equal(task.batch(some, seed, epoch)[0], images_)
     parts = list(task.batches([some[:1], some[1:]], 3, 2))
     assert torch.equal(torch.cat([images for images, _ in parts]), images_)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 500), st.integers(0, 8), st.booleans())
+def test_prepared_epochs_have_the_same_images(seed, epoch, cutout, flip):
+    """From seed, epoch and index, whether all images are cropped at once or a batch's alone."""
+    train = images.load("digits", "train").shrunk(4).split(30, 0)[0]
+    changes = images.Augmentation(*train.statistics(), flip=flip, pad=1, cutout=cutout)
+    single, prepared = Classification(train, None, changes), Classification(train, None, changes)
+    for each in (epoch, epoch + 1, epoch):
+        prepared.prepare(seed, each)
+        some = torch.randperm(30)[:7]
+        for one, other in zip(single.batch(some, seed, each), prepared.batch(some, seed, each), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(single.batch(some, seed, 999)[0], prepared.batch(some, seed, 999)[0]), "of another epoch"
+
+
+def test_epochs_are_prepared_in_the_same_memory(task):
+    """A captured step reads it; a single batch of another epoch must leave it alone."""
+    places = [[tensor.data_ptr() for tensor in task.prepare(0, epoch)] for epoch in (1, 2)]
+    assert places[0] == places[1]
+    before = [tensor.clone() for tensor in task.prepare(0, 2)]
+    task.batch(torch.arange(5), 1, 7)
+    assert all(map(torch.equal, before, task.prepare(0, 2)))
 
 
 def test_identities_of_images_distinguish_data_and_augmentation(task, digits):
