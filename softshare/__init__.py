@@ -11,7 +11,7 @@ from .bank import TemplateBank
 from .files import cache_folder
 from .folded import fold
 from .folding import FoldPlan, plan_fold, tie
-from .sharing import banks, decay_groups, share_, unshare
+from .sharing import banks, decay_groups, mixed_once, share_, unshare
 from .similarity import layer_similarity, recurrence_penalty, similarity_matrices
 from .training.processor import avoid_crashing_units
 from .training.recorder import SimilarityRecorder
@@ -29,6 +29,7 @@ __all__ = [
     "fold",
     "images",
     "layer_similarity",
+    "mixed_once",
     "models",
     "plan_fold",
     "recurrence_penalty",

@@ -12,7 +12,7 @@ from typing import Any
 from ..files import bundled_folder
 from ..similarity import initial_similarity
 from ..speed import networks
-from ..speed.benchmark import load_benchmark
+from ..speed.benchmark import interval, load_benchmark
 from . import folding
 from .recipes import RECIPES, make_plan, study_of
 from .records import Record
@@ -48,11 +48,15 @@ def benchmarks() -> list[dict[str, Any]]:
 
 
 def speeds(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The ratios of a benchmark's record as rows of text: the median over rounds, and the range."""
-    rows = []
+    """The ratios of a benchmark's record as rows of text: median over rounds, range, and a 95% interval of the median."""
+    rows, seconds = [], record["steps"]["seconds"]
     for name, (median, least, most) in (record["ratios"] | record["generator"]["ratios"]).items():
         low, middle, high = (f"{float(f'{value:.3g}'):g}" for value in (least, median, most))  # 1360, not 1.36e+03
-        rows.append({"ratio": name, "median": middle, "range": f"{low} to {high}"})
+        row = {"ratio": name, "median": middle, "range": f"{low} to {high}", "interval": ""}
+        above, _, below = name.partition(" / ")
+        if above in seconds and below in seconds:
+            row["interval"] = " to ".join(f"{value:.3g}" for value in interval(seconds, above, below))
+        rows.append(row)
     return rows
 
 

@@ -70,9 +70,10 @@ def test_html_is_escaped():
 
 def test_speeds_show_the_median_and_the_range():
     record = {"ratios": {"a / b": [1.0, 0.5, 1360.4]}, "generator": {"ratios": {"c / d": [3.0, 2.0, 4.0]}}}
+    record["steps"] = {"seconds": {"a": [float(n) for n in range(1, 10)], "b": [2.0] * 9}}
     rows = tables.speeds(record)
-    assert rows[0] == {"ratio": "a / b", "median": "1", "range": "0.5 to 1360"}
-    assert rows[1] == {"ratio": "c / d", "median": "3", "range": "2 to 4"}
+    assert rows[0] == {"ratio": "a / b", "median": "1", "range": "0.5 to 1360", "interval": "1 to 4"}, "ranks 2 and 8"
+    assert rows[1] == {"ratio": "c / d", "median": "3", "range": "2 to 4", "interval": ""}
 
 
 def test_the_speeds_in_the_readme_are_those_of_the_record():
