@@ -247,6 +247,26 @@ def test_mixing_is_exact_where_products_may_be_rounded(allowed):
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_tf32_never_rounds_mixed_weights_or_their_gradients(allowed):
+    """TF32 keeps 10 bits, so products of this size would be off by a thousandth."""
+    bank = TemplateBank(6, 4, (64, 64, 3, 3), device="cuda")
+    factors = torch.randn(6, bank.templates.shape[1], device="cuda")
+    exact = bank.coefficients.detach().double() @ bank.templates.detach().double()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with mixed_once(bank):
+            rows = torch.stack([bank.stored(bank.mix(index)) for index in range(6)])
+            (rows * factors).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(rows, exact.float(), rtol=1e-5, atol=1e-6)
+    gradient = bank.coefficients.detach().double().T @ factors.double()
+    torch.testing.assert_close(bank.templates.grad, gradient.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_mixing_is_exact_under_the_newer_switches():
     program = (
         "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
