@@ -26,6 +26,8 @@ from softshare import SimilarityRecorder, files, images, models, training
 from softshare.images import Augmentation
 from softshare.training import Classification, Settings, checkpoints
 
+STEPS = 21  # 3 epochs of 7 batches
+
 
 def train(folder: Path | None, ready: int | None = None) -> str:
     """Digest of weights, history and snapshots at the end of a short training."""
@@ -89,8 +91,14 @@ def pause_at(place: str, write: int, notify: int) -> None:
     checkpoints.prune_checkpoints = lambda *arguments: (hang("renamed"), prune(*arguments))
 
 
-def killed(folder: Path, after: float, pause: tuple[str, int] | None) -> str | None:
-    """Train in a child process and kill it; return its digest if it finished first."""
+def report_checkpoints(notify: int) -> None:
+    """Make every finished checkpoint report itself."""
+    prune = checkpoints.prune_checkpoints
+    checkpoints.prune_checkpoints = lambda *arguments: (os.write(notify, b"c"), prune(*arguments))
+
+
+def killed(folder: Path, written: int, after: float, pause: tuple[str, int] | None) -> str | None:
+    """Train in a child and kill it some seconds after so many new checkpoints; return its digest if it finished first."""
     result, report = os.pipe()
     notified, notify = os.pipe()
     child = os.fork()
@@ -98,6 +106,8 @@ def killed(folder: Path, after: float, pause: tuple[str, int] | None) -> str | N
         try:
             if pause:
                 pause_at(*pause, notify)
+            else:
+                report_checkpoints(notify)
             os.write(report, train(folder, notify).encode())
             os._exit(0)
         except BaseException as error:
@@ -108,13 +118,16 @@ def killed(folder: Path, after: float, pause: tuple[str, int] | None) -> str | N
     if pause:
         os.read(notified, 1)
     else:
+        os.close(notify)  # so that reading ends if the child finishes first
+        for _ in range(written):
+            os.read(notified, 1)
         select.select([result], [], [], after)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
         raise SystemExit("the training failed by itself")
     digest = os.read(result, 100).decode()
-    for pipe in (result, notified, notify):
+    for pipe in (result, notified, notify) if pause else (result, notified):
         os.close(pipe)
     return digest or None
 
@@ -125,20 +138,27 @@ def main() -> None:
     torch.set_num_threads(1)
     reading, writing = os.pipe()
     if os.fork() == 0:  # forks and autograd do not mix, so even the undisturbed run is a child
-        os.write(writing, train(None).encode())
+        os.write(writing, train(None, writing).encode())
         os._exit(0)
+    os.read(reading, 1)  # it starts to train
+    started = time.monotonic()
     expected = os.read(reading, 100).decode()
     os.wait()
+    step = (time.monotonic() - started) / STEPS
     moments = random.Random(seed)
     kills, digest = 0, None
     if mode == "writes":
         for place in ("half", "flush", "renamed"):
             for write in (1, 2, 3):
-                assert killed(folder, 0, (place, write)) is None
+                assert killed(folder, 0, 0.0, (place, write)) is None
                 kills += 1
     reached = set()  # the newest checkpoint's step after each kill
     while digest is None:
-        digest = killed(folder, moments.uniform(0.0, 0.1 if kills < 100 else 60.0), None)
+        # A process gets about one of the 21 steps, however fast the machine is, so that ten kills come before the end.
+        if kills < 30:
+            digest = killed(folder, moments.randrange(2), moments.uniform(0.0, 1.5 * step), None)
+        else:
+            digest = killed(folder, STEPS, 60.0, None)
         kills += digest is None
         reached.add(max((int(path.name[5:13]) for path in folder.glob("*.safetensors")), default=0))
     left = sorted(path.name for path in folder.iterdir())
