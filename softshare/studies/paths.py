@@ -3,7 +3,9 @@
 The curriculum of the poster's last section: CNN and SCNN learn shortest paths on grids whose distances grow from phase to
 phase. ``softshare run SCNN --profile paper --seed 0``; what it costs: ``softshare list``. The poster gives grids of
 32 x 32, the target, and 50 epochs per phase; the rest is remembered from the paper, not confirmed, and the batch size is
-ours. Findings so far: see the page Results.
+ours. The plain network of a seed starts as the very function that the shared one starts as, so that a pair differs only in
+what is learned. The rules by which the two are compared stand in data/paper/claims.csv. Findings so far: see the page
+Results.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..folded import sweep
 from ..models import Network
+from ..sharing import banks, unshare
 from ..shortest_path import PHASES, Grids, curriculum, generate, rectangle_rule, scores_beside_the_rule
+from ..similarity import in_double, layer_similarity, off_diagonal
+from ..training.devices import standard_defaults
 from ..training.evaluation import evaluate, with_reestimated_statistics
 from ..training.settings import ADDED_LATER, Settings
 from ..training.tasks import Curriculum, ShortestPaths
@@ -25,6 +31,18 @@ from .study import REESTIMATED_ON, Plan, Recipe, Study, Tasks
 SCORES = ("exact", "f1", "hard_exact", "hard_f1")
 """The scores of a network's answers, see `softshare.shortest_path.scores_beside_the_rule`."""
 
+FOLDED_AT = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""The similarities at which a shared network is folded when a phase ends."""
+
+_SIZES: dict[str, Any] = {
+    "side": 32,
+    "boxes": list(PHASES),
+    "obstacles": 0.1,
+    "train": 5_000,
+    "held_out": 2_000,  # of each phase, scored after every epoch
+    "ends": 20_000,  # of each phase and of one beyond the last, scored when a phase ends
+}
+
 _CURRICULUM = "figure of the shortest-path curriculum"
 
 
@@ -32,9 +50,9 @@ class Paths(Study):
     """Grid networks, plain (CNN) and softly shared (SCNN), on a curriculum of shortest paths."""
 
     name = "paths"
-    version = 1
+    version = 2
     defaults = {
-        "sizes": {"side": 32, "boxes": list(PHASES), "obstacles": 0.1, "train": 5_000, "held_out": 1_000},
+        "sizes": {**_SIZES, "boxes": list(PHASES)},
         "schedule": {
             "batch_size": 100,
             "optimizer": "adam",
@@ -65,11 +83,18 @@ class Paths(Study):
 
     def plan(self, recipe: Recipe, profile: str, seed: int) -> Plan:
         network = Network.parse(recipe.network)
-        sizes: dict[str, Any] = {"side": 32, "boxes": list(PHASES), "obstacles": 0.1, "train": 5_000, "held_out": 1_000}
+        sizes = {**_SIZES, "boxes": list(PHASES)}
         per_phase = {"fast": 3, "gpu": 25, "short": 10, "paper": 50}[profile]
         if profile == "fast":  # more obstacles, since small grids leave little room to search
             network = network.narrowed()
-            sizes |= {"side": 12, "boxes": [5, 7, 9], "obstacles": 0.2, "train": 3_000}
+            sizes |= {
+                "side": 12,
+                "boxes": [5, 7, 9],
+                "obstacles": 0.2,
+                "train": 3_000,
+                "held_out": 1_000,
+                "ends": 1_000,
+            }
         settings = Settings(
             epochs=per_phase * len(sizes["boxes"]),
             batch_size=100,
@@ -89,9 +114,16 @@ class Paths(Study):
         return Plan(recipe, profile, network, settings, sizes)
 
     def rehearsal(self, plan: Plan) -> Plan:
-        sizes = {**plan.sizes, "side": 12, "boxes": [5, 9], "train": 200, "held_out": 100}
+        sizes = {**plan.sizes, "side": 12, "boxes": [5, 7], "train": 200, "held_out": 100, "ends": 100}
         settings = replace(plan.settings, epochs=2, batch_size=100, cycle=1, milestones=())
         return replace(plan, network=plan.network.narrowed(8), sizes=sizes, settings=settings)
+
+    @standard_defaults()
+    def network(self, plan: Plan, classes: int | None = None) -> nn.Module:
+        """The plain network is the shared one of the same seed with its mixed weights as its own."""
+        if plan.network.shared:
+            return super().network(plan, classes)
+        return unshare(super().network(replace(plan, network=replace(plan.network, shared=True)), classes))
 
     def data_told(self, recipe: Recipe) -> str:
         return "generated"
@@ -124,13 +156,19 @@ class Paths(Study):
 
     def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[PhaseScores]:
         assert isinstance(tasks.train, Curriculum)
-        return [PhaseScores(tasks.train, plan.settings.precision)]
+        boxes = plan.sizes["boxes"]
+        beyond = [*boxes, 2 * boxes[-1] - boxes[-2]]
+        ends = [grids_of(plan, plan.sizes["ends"], box, 2**62 + 2**33 + place) for place, box in enumerate(beyond)]
+        return [PhaseScores(tasks.train, ends, plan.settings.precision)]
 
     def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[PhaseScores]) -> dict[str, Any]:
         """Scores before each phase and at its end, those of the rule, and those of the final network on test grids.
 
-        "phase2_exact": at the end of phase 2; "before2_exact": on its grids before training on them; both with re-estimated
-        BatchNorm statistics. "rule2_exact": the rectangle rule's. "exact", "reestimated_exact": on test grids.
+        "phase2_exact": at the end of phase 2; "before2_exact": on its grids before training on them, so with five phases
+        "before6_exact" is on grids beyond the last; both with BatchNorm statistics re-estimated on the grids that the
+        network was last trained on. "rule2_exact": the rectangle rule's. "fold2_0.8_exact",
+        "fold2_0.8_layers": of the network folded at similarity 0.8 at the end of phase 2, on the 2,000 grids of that phase
+        that it is scored on after every epoch. "exact", "reestimated_exact": on test grids.
         """
         (scores,), precision = watchers, plan.settings.precision
         fresh = with_reestimated_statistics(model, self.sample(plan, tasks), precision)
@@ -138,7 +176,8 @@ class Paths(Study):
         return found | {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
 
     def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[PhaseScores]) -> list[dict[str, Any]]:
-        """The history with "phase" and, with statistics re-estimated after each epoch, "reestimated_exact" and so on."""
+        """The history with "phase", with statistics re-estimated after each epoch "reestimated_exact" and so on, and the
+        mean and largest similarity of the weights of two layers, "weights_mean" and "weights_largest"."""
         (scores,) = watchers
         return [{**row, **scores.row(int(row["epoch"]))} for row in history]
 
@@ -154,52 +193,91 @@ def sample_of(task: Curriculum, phase: int) -> Tensor:
 
 
 class PhaseScores:
-    """Scores with re-estimated statistics after each epoch, and on each phase's grids before training on them.
+    """Scores with re-estimated statistics: after each epoch on unseen grids of its phase; when a phase ends, on many more of
+    that phase and of the next, on which the network has not trained. Then a shared network is folded, too.
 
-    A callback for `fit` whose state is kept in checkpoints.
+    A callback for `fit` whose state is kept in checkpoints. The grids decide nothing: no epoch or setting is chosen by them.
+
+    Args:
+        task: the curriculum.
+        ends: grids of each phase and of one beyond the last, for when a phase ends.
+        precision: as in `Settings`.
     """
 
-    def __init__(self, task: Curriculum, precision: str) -> None:
+    def __init__(self, task: Curriculum, ends: Sequence[Grids], precision: str) -> None:
         self.task, self.precision = task, precision
-        self.found: list[list[float]] = []  # rows of epoch, phase (from 1), and SCORES
+        self.ends = [
+            ShortestPaths(phase.train, grids) for phase, grids in zip(_and_beyond(task.phases), ends, strict=True)
+        ]
+        self.rows: dict[str, list[list[float]]] = {name: [] for name in _COLUMNS}
 
     def __call__(self, model: nn.Module, epoch: int) -> None:
-        phases = self.task.phases
-        # At the end of a phase the network is also scored on the grids of the next.
-        now, then = -(-epoch // self.task.epochs), epoch // self.task.epochs + 1
-        for phase in range(max(1, now), min(then, len(phases)) + 1):
-            fresh = with_reestimated_statistics(model, sample_of(self.task, phase), self.precision)
-            scores = evaluate(fresh, phases[phase - 1], self.precision)
-            self.found.append([epoch, phase, *(scores[key] for key in SCORES)])
+        phase = self.phase_of(max(1, epoch))
+        held_out, sample = self.task.phases[phase - 1], sample_of(self.task, phase)
+
+        def scores(network: nn.Module, task: ShortestPaths) -> list[float]:
+            found = evaluate(with_reestimated_statistics(network, sample, self.precision), task, self.precision)
+            return [found[key] for key in SCORES]
+
+        self.rows["weights"].append([epoch, *weights_alike(model)])
+        if epoch:
+            self.rows["scores"].append([epoch, *scores(model, held_out)])
+        if epoch % self.task.epochs:
+            return
+        for place in (phase, phase + 1) if epoch else (phase,):
+            self.rows["ends"].append([epoch, place, *scores(model, self.ends[place - 1])])
+        if epoch and banks(model):
+            for row in sweep(model, lambda folded: scores(folded, held_out)[0], FOLDED_AT):
+                self.rows["folds"].append([phase, row["threshold"], row["distinct"], row["value"]])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"found": torch.tensor(self.found, dtype=torch.float64, device="cpu").view(-1, 2 + len(SCORES))}
+        return {
+            name: torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, _COLUMNS[name])
+            for name, rows in self.rows.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.found = state["found"].tolist()
+        self.rows = {name: state[name].tolist() for name in _COLUMNS}
 
     def phase_of(self, epoch: int) -> int:
         """The phase (from 1) that an epoch (from 1) belongs to."""
         return min(-(-epoch // self.task.epochs), len(self.task.phases))
 
     def row(self, epoch: int) -> dict[str, float]:
-        """The scores after an epoch, on the grids of its phase."""
-        phase = self.phase_of(epoch)
-        scores = self._seen(epoch, phase)
-        return {"phase": float(phase)} | {f"reestimated_{key}": value for key, value in scores.items()}
-
-    def _seen(self, epoch: int, phase: int) -> dict[str, float]:
-        row = next(row for row in self.found if row[:2] == [epoch, phase])
-        return dict(zip(SCORES, row[2:], strict=True))
+        """What was found after an epoch, on the grids of its phase."""
+        values, alike = (next(row[1:] for row in self.rows[name] if row[0] == epoch) for name in ("scores", "weights"))
+        found = {f"reestimated_{key}": value for key, value in zip(SCORES, values, strict=True)}
+        return {"phase": float(self.phase_of(epoch)), **found} | dict(zip(_ALIKE, alike, strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """By phase: before training on its grids, at its end, and what the rectangle rule scores on them."""
-        found: dict[str, float] = {}
-        for phase, task in enumerate(self.task.phases, start=1):
+        """By phase: before training on its grids, at its end, what the rectangle rule scores on them, and folds."""
+        found = dict(zip((f"start_{name}" for name in _ALIKE), self.rows["weights"][0][1:], strict=True))
+        for phase, task in enumerate(self.ends, start=1):
             assert task.held_out is not None
             rule = scores_beside_the_rule(rectangle_rule(task.held_out.inputs), task.held_out)
-            ends = self._seen(phase * self.task.epochs, phase)
-            before = self._seen((phase - 1) * self.task.epochs, phase)
-            for name, scores in (("phase", ends), ("before", before), ("rule", rule)):
-                found |= {f"{name}{phase}_{key}": scores[key] for key in SCORES}
+            found |= {f"rule{phase}_{key}": rule[key] for key in SCORES}
+            for name, at in (("before", phase - 1), ("phase", phase)):
+                for epoch, place, *values in self.rows["ends"]:
+                    if (epoch, place) == (at * self.task.epochs, phase):
+                        found |= {f"{name}{phase}_{key}": value for key, value in zip(SCORES, values, strict=True)}
+        for ended, threshold, layers, exact in self.rows["folds"]:
+            name = f"fold{ended:.0f}_{threshold:g}"
+            found |= {f"{name}_layers": layers, f"{name}_exact": exact}
         return found
+
+
+_ALIKE = ("weights_mean", "weights_largest")
+_COLUMNS = {"scores": 1 + len(SCORES), "ends": 2 + len(SCORES), "weights": 1 + len(_ALIKE), "folds": 4}
+"""Columns of what `PhaseScores` keeps: epoch, SCORES; epoch, phase of the grids, SCORES; epoch, _ALIKE; and phase,
+threshold, layers left, exact rate."""
+
+
+def weights_alike(model: nn.Module) -> tuple[float, float]:
+    """The mean and the largest |cos| between the 3x3 weights of two layers of a grid network, shared or plain."""
+    weights = [in_double(layer.weight).flatten() for name, layer in model.named_modules() if name.endswith(".conv")]
+    similarity = layer_similarity(torch.stack(weights)).cpu()
+    return off_diagonal({"": similarity})[""], float(similarity.fill_diagonal_(0.0).max())
+
+
+def _and_beyond(phases: Sequence[ShortestPaths]) -> list[ShortestPaths]:
+    return [*phases, phases[-1]]

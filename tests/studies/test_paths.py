@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softshare import shortest_path
+import softshare
+from softshare import models, shortest_path
 from softshare.studies import make_plan, paths, study_of, train
 from softshare.training.evaluation import evaluate, with_reestimated_statistics
 
@@ -33,30 +34,86 @@ class Fixed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(()))
+        self.unused = models.gridnet(3, 4).layers
 
     def forward(self, inputs):
         return self.scale * (shortest_path.rectangle_rule(inputs).float() - 0.5)
 
 
-def test_each_epoch_is_scored_on_its_phase_and_each_phase_before_it_begins():
-    tasks = tasks_of(0)
-    watcher = paths.PhaseScores(tasks.train, "float32")
+def test_each_epoch_is_scored_on_its_phase_and_each_end_on_two():
+    plan = make_plan("SCNN", "fast", 0, rehearse=True)
+    tasks = study_of(plan).tasks(plan)
+    (watcher,) = study_of(plan).watchers(plan, tasks)
     model = Fixed()
     tasks.train.epochs = 3
     for epoch in range(7):
         watcher(model, epoch)
-    assert [row[:2] for row in watcher.found] == [
-        [0, 1], [1, 1], [2, 1], [3, 1], [3, 2], [4, 2], [5, 2], [6, 2],
-    ]  # fmt: skip
+    assert [row[0] for row in watcher.rows["scores"]] == [1, 2, 3, 4, 5, 6]
+    assert [row[:2] for row in watcher.rows["ends"]] == [[0, 1], [3, 1], [3, 2], [6, 2], [6, 3]]
     assert [watcher.phase_of(epoch) for epoch in range(1, 7)] == [1, 1, 1, 2, 2, 2]
     found = watcher.metrics()
-    for phase in (1, 2):
-        for key in paths.SCORES:  # the model is the rule
+    for key in paths.SCORES:  # the model is the rule
+        for phase in (1, 2):
             assert found[f"phase{phase}_{key}"] == found[f"before{phase}_{key}"] == found[f"rule{phase}_{key}"]
+        assert found[f"before3_{key}"] == found[f"rule3_{key}"] and f"phase3_{key}" not in found
     assert found["phase1_exact"] != found["phase2_exact"] and watcher.row(4)["phase"] == 2
-    again = paths.PhaseScores(tasks.train, "float32")
+    again = study_of(plan).watchers(plan, tasks)[0]
     again.load_state_dict(watcher.state_dict())
-    assert again.metrics() == found
+    assert again.metrics() == found and again.row(5) == watcher.row(5)
+
+
+def test_grids_that_are_scored_decide_nothing_and_are_no_others():
+    """Those at the ends of phases are neither training grids nor those of each epoch; one box lies beyond the last."""
+    plan = make_plan("SCNN", "fast", 0, rehearse=True)
+    tasks = study_of(plan).tasks(plan)
+    (watcher,) = study_of(plan).watchers(plan, tasks)
+    assert plan.sizes["boxes"] == [5, 7] and len(watcher.ends) == 3
+    assert max(watcher.ends[2].held_out.distances) > max(watcher.ends[1].held_out.distances)
+    for end, phase in zip(watcher.ends, tasks.train.phases, strict=False):
+        seen = {grid.numpy().tobytes() for grid in [*phase.train.inputs, *phase.held_out.inputs]}
+        assert not any(grid.numpy().tobytes() in seen for grid in end.held_out.inputs)
+    other = study_of(plan).watchers(make_plan("CNN", "fast", 5, rehearse=True), tasks)[0]
+    assert torch.equal(other.ends[0].held_out.inputs, watcher.ends[0].held_out.inputs), "the same for all"
+    sizes = make_plan("SCNN", "paper").sizes
+    assert (sizes["held_out"], sizes["ends"]) == (2_000, 20_000)
+
+
+def test_folds_and_similar_weights_are_found_when_a_phase_ends():
+    plan = make_plan("SCNN", "fast", 0, rehearse=True)
+    tasks = study_of(plan).tasks(plan)
+    (watcher,) = study_of(plan).watchers(plan, tasks)
+    model = study_of(plan).network(plan)
+    watcher(model, 0)
+    bank = softshare.banks(model)["layers"]
+    with torch.no_grad():  # all layers become one
+        bank.coefficients.copy_(bank.coefficients[:1].expand_as(bank.coefficients))
+    watcher(model, 1)
+    found, layers = watcher.metrics(), bank.num_layers
+    assert found["start_weights_mean"] < 0.2 and watcher.row(1)["weights_mean"] == pytest.approx(1.0)
+    assert watcher.row(1)["weights_largest"] == pytest.approx(1.0) and layers > 1
+    assert {key for key in found if key.startswith("fold")} == {
+        f"fold1_{threshold:g}_{what}" for threshold in paths.FOLDED_AT for what in ("layers", "exact")
+    }
+    assert found["fold1_0.9_layers"] == 1
+    assert found["fold1_0.9_exact"] == watcher.row(1)["reestimated_exact"]
+    plain = study_of(plan).network(make_plan("CNN", "fast", 0, rehearse=True))
+    weights = torch.stack([layer.conv.weight.flatten() for layer in plain.layers]).detach()
+    similarity = torch.nn.functional.cosine_similarity(weights[:, None], weights[None], dim=2).abs()
+    pairs = similarity[~torch.eye(layers, dtype=bool)]
+    assert paths.weights_alike(plain) == pytest.approx((float(pairs.mean()), float(pairs.max())), rel=1e-5)
+
+
+def test_a_pair_starts_from_the_same_function():
+    plans = [make_plan(name, "fast", 3) for name in ("CNN", "SCNN")]
+    plain, shared = (study_of(plan).network(plan).eval() for plan in plans)
+    assert not softshare.banks(plain) and softshare.banks(shared)
+    x = torch.randn(2, 2, 12, 12)
+    torch.testing.assert_close(plain(x), shared(x))
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    same = study_of(plans[0]).network(plans[0]).eval()
+    assert torch.equal(plain(x), same(x)) and not torch.equal(
+        plain(x), study_of(plans[0]).network(make_plan("CNN", "fast", 4)).eval()(x)
+    )
 
 
 def test_statistics_are_reestimated_on_the_last_phase():
@@ -85,7 +142,7 @@ def test_a_record_holds_what_was_seen(pair):
     assert len(record.history) == 2 and [row["phase"] for row in record.history] == [1.0, 2.0]
     for row in record.history:
         assert {f"{kind}_{key}" for kind in ("held_out", "reestimated") for key in paths.SCORES} <= set(row)
-    assert record.metrics["phase2_exact"] == record.history[-1]["reestimated_exact"]
+    assert {"before3_exact", "phase2_exact", "before1_exact"} <= set(record.metrics)
     tasks = tasks_of(1)
     fresh = with_reestimated_statistics(model, tasks.train.phases[-1].train.inputs[:1000].float(), "float32")
     assert record.metrics["reestimated_f1"] == pytest.approx(evaluate(fresh, tasks.test, "float32")["f1"])
