@@ -30,6 +30,7 @@ from .studies import (
     study_of,
     tables,
     trained,
+    verdicts,
 )
 from .studies.records import record_path
 from .training import distributed
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threshold", type=float, default=0.9, help="least similarity of tied layers; default: 0.9")
     command.add_argument("--sweep", action="store_true", help="also record the costs at every threshold from 0.2 to 1")
     command.add_argument("--output", help="write OUTPUT.json (the plan) and OUTPUT.safetensors (folded weights)")
-    report = commands.add_parser("report", help="show the poster's tables next to the results in records")
+    report = commands.add_parser("report", help="show the poster's tables and the verdicts on its claims, from records")
     report.add_argument("--runs", default="", help="folder of records")
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
     gpu = commands.add_parser("gpu", help="run what is worth a GPU's time, in order of value, as far as time allows")
@@ -215,7 +216,9 @@ def _report(arguments: argparse.Namespace) -> int:
     for name, caption in captions.items():
         print(tables.as_text(tables.paper_beside_ours(name, records), caption), end="\n\n")
     print(tables.as_text(tables.others_at_the_papers_schedule(records), "Not on the poster"), end="\n\n")
-    print(tables.as_text(tables.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"))
+    print(tables.as_text(tables.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"), end="\n\n")
+    found = verdicts.as_rows(verdicts.verdicts(records))
+    print(tables.as_text(found, "Verdicts on the poster's claims, by the rules in data/paper/claims.csv"))
     return 0
 
 

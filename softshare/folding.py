@@ -9,9 +9,11 @@ exact whatever their sign and length. Every step of the unrolled network keeps i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import numbers
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +26,7 @@ from .bank import TemplateBank
 from .files import content_checksum, json_bytes
 from .models.blocks import RecurrentBlock
 from .sharing import banks, shared_layers
-from .similarity import in_double, layer_similarity
+from .similarity import beyond_chance, in_double, layer_similarity
 
 # Two rows of float32 numbers that are multiples of each other up to rounding have 1 - |cos| of about 1e-15.
 _ROUNDING = 1e-13
@@ -185,12 +187,20 @@ class FoldPlan:
             raise ValueError(f"not a fold plan: {error}") from error
 
 
+class WithinChance(UserWarning):
+    """Layers are tied that are no more alike than chance makes them."""
+
+
 def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
     """Find which layers of each group can be tied at a similarity of at least `threshold`.
 
     Clusters are found by complete linkage on `layer_similarity`: the two clusters whose least similar pair is most
     similar are joined until no such pair reaches the threshold; ties are broken by the lower layer numbers. So every pair
     within a cluster reaches it, and the result depends only on the coefficients. A row of zeros joins no cluster.
+
+    Layers can reach a threshold without being alike in any way that was learned. `WithinChance` warns of clusters no more
+    similar than the most similar pair among random directions; `softshare.similarity.beyond_chance` knows more, given the
+    coefficients at the start.
 
     Args:
         model: any model with banks that layers draw from (`share_`, `swrn`, `gridnet`).
@@ -206,13 +216,43 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
     plans = []
     require_values(model)
+    similarities = {}
     for name, (bank, members) in group_members(model).items():
         if not bank.coefficients.isfinite().all():
             raise ValueError(f"the coefficients of group {name!r} are not finite, so their angles are undefined")
-        similarity = layer_similarity(in_double(bank.coefficients)).cpu()
+        similarity = similarities[name] = layer_similarity(in_double(bank.coefficients)).cpu()
         clusters = complete_linkage(similarity, threshold)
         plans.append(_group_plan(model, name, bank, members, clusters))
+    _warn_of_chance(plans, similarities)
     return FoldPlan(float(threshold), tuple(plans))
+
+
+def _warn_of_chance(plans: Sequence[GroupPlan], similarities: Mapping[str, Tensor]) -> None:
+    """Warn if layers are tied that are not exactly equal and no more alike than chance makes some pair in 5% of cases."""
+    limit = largest_by_chance(tuple((len(plan.layers), plan.templates) for plan in plans))
+    weak = []
+    for plan in plans:
+        for cluster in plan.clusters:
+            places = torch.tensor(cluster, device="cpu") - 1
+            found = float(similarities[plan.name][places][:, places].triu(1).max())
+            if len(cluster) > 1 and found < 1.0 - _ROUNDING and (plan.templates < 3 or found <= limit):
+                weak.append(f"layers {', '.join(map(str, cluster))} of {plan.name} at {found:.2f}")
+    if weak:
+        beyond = f"among random directions some pair reaches {limit:.2f} in 5% of cases" if limit > 0 else ""
+        plane = "with 2 templates some pair is nearly always close to 1" if any(p.templates < 3 for p in plans) else ""
+        why = "; ".join(filter(None, (beyond, plane)))
+        warnings.warn(f"within chance: {'; '.join(weak)} ({why})", WithinChance, stacklevel=3)
+
+
+@functools.lru_cache(maxsize=64)
+def largest_by_chance(shapes: tuple[tuple[int, int], ...]) -> float:
+    """The 95th percentile of the largest similarity of a pair in groups of (L, k) random coefficients, all groups together.
+
+    Groups of fewer than 2 layers or 3 templates are left out; 0 if none is left.
+    """
+    told = [shape for shape in shapes if shape[0] > 1 and shape[1] > 2]
+    kept = {str(place): torch.ones(shape, device="cpu") for place, shape in enumerate(told)}
+    return beyond_chance(kept)["largest"].chance if kept else 0.0
 
 
 def tie(model: nn.Module, clusters: Mapping[str, Iterable[Sequence[int]]]) -> FoldPlan:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import count
@@ -97,6 +100,86 @@ def initial_similarity(
             similarity = layer_similarity(initial_coefficients(num_layers, num_templates, init, torch.float32))
             largest[draw] = similarity.fill_diagonal_(0.0).max()
     return largest
+
+
+class Beyond(NamedTuple):
+    """A statistic beside what chance gives.
+
+    Attributes:
+        observed: its value.
+        chance: the 95th percentile by chance.
+        p: how often chance gives at least the observed value, never below 1 / (draws + 1).
+    """
+
+    observed: float
+    chance: float
+    p: float
+
+
+def beyond_chance(
+    end: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None, draws: int = 1000, seed: int = 0
+) -> dict[str, Beyond]:
+    """Whether the layers of a network are more alike than training without any structure would make them.
+
+    Training moves coefficients even if it learns nothing about layers, and coefficients that have moved far point in random
+    directions, which are not orthogonal: 20 directions in 20 dimensions have a mean similarity of 0.18. So the null
+    hypothesis is that each layer has moved as far as observed, but in a random direction.
+
+    Args:
+        end: the coefficients (L, k) of each group after training.
+        start: those before; None if they are not known, for directions that are random altogether.
+        draws: of the null hypothesis.
+        seed: of the draws; PyTorch's generators are left as they were.
+
+    Returns:
+        Three statistics of the pairs of layers in all groups together: "mean" and "largest" similarity, and "chessboard",
+        the mean over even lags (layers i and i + 2, i + 4, ...) minus that over odd ones; NaN if there are no even lags.
+
+    Raises:
+        ValueError: no group with at least 2 layers and 3 templates (with 2 templates, directions lie in a plane, where some
+            pair is nearly always alike), or groups that differ between start and end.
+    """
+    count("draws", draws)
+    groups = {name: in_double(rows).cpu() for name, rows in end.items() if rows.shape[0] > 1 and rows.shape[1] > 2}
+    if not groups:
+        shapes = {name: tuple(rows.shape) for name, rows in end.items()}
+        raise ValueError(f"chance is told from structure only with 2 layers and 3 templates or more, got {shapes}")
+    moved = {}
+    for name, rows in groups.items():
+        before = torch.zeros_like(rows) if start is None else in_double(start[name]).cpu() if name in start else None
+        if before is None or before.shape != rows.shape:
+            raise ValueError(f"group {name!r} is {tuple(rows.shape)} after training, but not before")
+        moved[name] = (before, torch.linalg.vector_norm(rows - before, dim=1, keepdim=True))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    random = []
+    for before, lengths in moved.values():
+        directions = torch.randn((draws, *before.shape), generator=generator, dtype=torch.float64, device="cpu")
+        random.append(before + lengths * F.normalize(directions, dim=-1))
+    observed, chance = _statistics(list(groups.values())), _statistics(random)
+    return {
+        name: Beyond(
+            float(value),
+            float(chance[name].quantile(0.95)),
+            math.nan if value.isnan() else (1 + int((chance[name] >= value - 1e-12).sum())) / (draws + 1),
+        )
+        for name, value in observed.items()
+    }
+
+
+def _statistics(groups: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Those of `beyond_chance` for coefficients (..., L, k) of each group, over the pairs of all groups together."""
+    pairs, lags = [], []
+    for rows in groups:
+        unit = F.normalize(rows, dim=-1)
+        first, second = torch.triu_indices(rows.shape[-2], rows.shape[-2], 1, device=rows.device)
+        pairs.append((unit @ unit.mT)[..., first, second].abs())
+        lags.append(second - first)
+    similar, even = torch.cat(pairs, dim=-1), torch.cat(lags) % 2 == 0
+    return {
+        "mean": similar.mean(dim=-1),
+        "largest": similar.amax(dim=-1),
+        "chessboard": similar[..., even].mean(dim=-1) - similar[..., ~even].mean(dim=-1),
+    }
 
 
 def off_diagonal(matrices: Mapping[str, Tensor]) -> dict[str, float]:

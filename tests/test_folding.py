@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
+import softshare
 from softshare import FoldPlan, banks, fold, layer_similarity, models, plan_fold, share_, tie, unshare
 from softshare.files import content_checksum
 
@@ -296,3 +298,36 @@ def test_a_plan_that_contradicts_itself_cannot_be_made(change, error):
     (group,) = tie(model, {"layers": [(1, 3), (2, 4)]}).groups
     with pytest.raises(error, match="layers"):
         dataclasses.replace(group, **change)
+
+
+def shared_with(coefficients):
+    model = models.gridnet(len(coefficients), 4, templates=coefficients.shape[1])
+    with torch.no_grad():
+        softshare.banks(model)["layers"].coefficients.copy_(coefficients)
+    return model
+
+
+def test_ties_within_chance_are_told():
+    torch.manual_seed(1)
+    rows = torch.randn(10, 8)
+    largest = softshare.layer_similarity(rows).fill_diagonal_(0).max()
+    limit = softshare.folding.largest_by_chance(((10, 8),))
+    assert largest < limit == pytest.approx(0.89, abs=0.02)
+    with pytest.warns(softshare.folding.WithinChance, match=r"layers \d+, \d+ of layers at 0.*some pair reaches 0.89"):
+        plan_fold(shared_with(rows), float(largest) - 0.01)
+    learned = torch.randn(2, 8)[torch.arange(10) % 2] + 0.05 * torch.randn(10, 8)
+    exact = rows[torch.arange(10) // 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_fold(shared_with(rows), 0.99)  # nothing is tied
+        assert plan_fold(shared_with(learned), 0.9).distinct_layers == 2
+        plan_fold(shared_with(exact), 0.99)
+        plan_fold(shared_with(exact[:, :2]), 1.0)  # exactly equal layers are no chance
+        softshare.sweep(shared_with(rows), lambda model: 0.0, (0.3, 0.5))
+    with pytest.warns(softshare.folding.WithinChance, match="2 templates some pair is nearly always close to 1"):
+        plan_fold(shared_with(learned[:, :2]), 0.9)
+
+
+def test_more_groups_give_chance_more_pairs():
+    one, three = (softshare.folding.largest_by_chance(((10, 8),) * groups) for groups in (1, 3))
+    assert one < three < 1 and softshare.folding.largest_by_chance(((6, 2), (1, 5))) == 0.0

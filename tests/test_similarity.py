@@ -18,7 +18,7 @@ from softshare import (
     share_,
     similarity_matrices,
 )
-from softshare.similarity import initial_similarity, off_diagonal, weight_similarity
+from softshare.similarity import beyond_chance, initial_similarity, off_diagonal, weight_similarity
 
 
 def by_loop(rows) -> np.ndarray:
@@ -199,3 +199,70 @@ def test_the_largest_similarity_at_initialisation(layers, templates, threshold, 
 def test_off_diagonal_is_the_mean_of_pairs():
     matrix = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]])
     assert off_diagonal({"a": matrix, "b": torch.ones(1, 1)}) == {"a": pytest.approx(0.5), "b": 0.0}
+
+
+def by_loops(groups):
+    """The three statistics, pair by pair."""
+    even, odd = [], []
+    for rows in groups:
+        for i in range(len(rows)):
+            for j in range(i):
+                cosine = abs(np.dot(rows[i], rows[j]) / np.sqrt(np.dot(rows[i], rows[i]) * np.dot(rows[j], rows[j])))
+                (odd if (i - j) % 2 else even).append(cosine)
+    return {"mean": np.mean(even + odd), "largest": np.max(even + odd), "chessboard": np.mean(even) - np.mean(odd)}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_chance_equals_loops_over_random_displacements(known):
+    """Observed values to rounding; percentiles and p within the error of other random numbers."""
+    rng = np.random.default_rng(1)
+    shapes = {"a": (6, 4), "b": (5, 7)}
+    start = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    end = {name: rows + 0.7 * rng.normal(size=rows.shape) for name, rows in start.items()}
+    as_tensors = lambda groups: {name: torch.from_numpy(rows) for name, rows in groups.items()}  # noqa: E731
+    found = beyond_chance(as_tensors(end), as_tensors(start) if known else None, draws=2000)
+    observed, draws = by_loops(end.values()), []
+    for _ in range(2000):
+        drawn = []
+        for name, rows in start.items():
+            before = rows if known else 0 * rows
+            length = np.linalg.norm(end[name] - before, axis=1, keepdims=True)
+            direction = rng.normal(size=rows.shape)
+            drawn.append(before + length * direction / np.linalg.norm(direction, axis=1, keepdims=True))
+        draws.append(by_loops(drawn))
+    for name, test in found.items():
+        values = np.array([draw[name] for draw in draws])
+        assert test.observed == pytest.approx(observed[name])
+        assert test.chance == pytest.approx(np.quantile(values, 0.95), abs=0.02)
+        assert test.p == pytest.approx(np.mean(values >= observed[name]), abs=0.06)
+
+
+def test_chance_is_rarely_exceeded_by_chance_and_always_by_structure():
+    torch.manual_seed(0)
+    start = torch.nn.init.orthogonal_(torch.empty(10, 8))
+    below = 0
+    for draw in range(200):
+        moved = start + torch.nn.functional.normalize(torch.randn(10, 8), dim=1) * 0.8
+        below += beyond_chance({"a": moved}, {"a": start}, draws=99, seed=draw)["mean"].p <= 0.05
+    assert 2 <= below <= 20, "5% of 200, within 3 deviations"
+    chessboard = torch.randn(2, 8)[torch.arange(10) % 2] + 0.3 * torch.randn(10, 8)
+    tests = beyond_chance({"a": chessboard}, draws=199)
+    assert all(test.p == 1 / 200 and test.observed > test.chance for test in tests.values())
+    alike = torch.randn(1, 8) + 0.1 * torch.randn(10, 8)
+    assert beyond_chance({"a": alike}, draws=199)["chessboard"].p > 0.05, "all alike is no chessboard"
+
+
+def test_chance_says_nothing_of_two_templates_and_touches_no_generator():
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="3 templates or more, got .*'a': .6, 2"):
+        beyond_chance({"a": torch.randn(6, 2), "b": torch.randn(1, 5)})
+    torch.set_rng_state(before)
+    rows = {"a": torch.ones(6, 2), "b": torch.eye(4, 5)}
+    assert beyond_chance(rows) == beyond_chance({"b": rows["b"]})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.isnan(beyond_chance({"b": torch.eye(2, 5)})["chessboard"].p)
+    for start in ({}, {"b": torch.eye(4, 4)}):
+        with pytest.raises(ValueError, match="group 'b' is .4, 5. after training, but not before"):
+            beyond_chance(rows, start)
+    with pytest.raises((TypeError, ValueError), match="draws"):
+        beyond_chance(rows, draws=0)

@@ -7,26 +7,31 @@ book read the same ones.
   in the claim's direction, "contradicted" if it does so in the other, "no difference worth having" if it lies within the
   claim's margin on both sides, otherwise "not resolved". Intervals are Student's, at 95% over all claims of a study
   together (Holm, 1979). A sign-flip test, which assumes no distribution, stands beside it.
-- **Not worse** is a contrast that allows for the margin: "reproduced" if the whole interval is above minus the margin.
+- **Not worse** is a contrast that allows for the margin: "reproduced" if the whole interval is above minus the margin,
+  "contradicted" if it is below.
 - A **value** is a cell of a published table: "reproduced" if the whole 95% interval of our mean lies within the margin
-  around it, "contradicted" if the whole interval lies outside.
+  around it, "contradicted" if the whole interval lies outside. Only runs at the paper's schedule on the published edition
+  of the data count.
+- A **figure** is something that a run shows or does not show: "reproduced" if all runs show it, "contradicted" if none
+  does, otherwise "not resolved".
 - The rest is not judged by runs: what follows from a definition names the test that shows it; an argument stays one.
 
-Letters: n pairs or runs.
+A single pair or run is told, not judged.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..files import bundled_folder
+from .intervals import LEVEL, holm_levels, mean_interval, needed_for_width, needed_to_see, p_value, sign_flip
+from .measures import MEASURES, SIGNS, sign_of
 from .records import Record
 from .tables import NOT_RUN, is_planned, of_data, paper_table
 
@@ -38,7 +43,6 @@ INCOMPARABLE = "not comparable"
 ONE_RUN = "one run: told, not judged"
 
 KINDS = ("contrast", "not worse", "value", "figure", "definition", "argument")
-LEVEL = 0.95
 
 _PROFILES = ("paper", "short")
 """The profiles that can judge, the best first; values need the first."""
@@ -54,14 +58,15 @@ class Claim:
         place: where it stands on the poster.
         kind: one of `KINDS`.
         study: claims of one study are judged together.
-        recipe, against: what is compared with what, by the names of recipes; a value has no `against`.
-        measure: one of `MEASURES`.
+        recipe, against: what is compared with what, by the names of recipes; only contrasts have an `against`.
+        measure: one of `MEASURES`; for a figure, one of `SIGNS`.
         better: "higher" or "lower": in which direction the recipe is said to differ.
         margin: in the measure's unit; how large a difference is worth having, or how close a value must be.
         data: the data set's name in records; "" for generated grids.
-        published: the published figure of a value, as "table/column", found in data/paper.
+        published: the published figure, as "table/column", found in data/paper; "" if there is none.
         test: the test that shows what follows from a definition, as "file::name".
         rule: the rule in words.
+        seeds: the least seed that counts; lower ones were used in trials before the rule was made.
     """
 
     claim: str
@@ -78,6 +83,7 @@ class Claim:
     published: str = ""
     test: str = ""
     rule: str = ""
+    seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,16 @@ class Verdict:
         claim: the claim.
         verdict: one of the words above, with the profile if that is not "paper".
         n: pairs or runs.
-        mean: of the differences, positive in the claim's direction, or of the values; NaN without runs.
-        interval: of the mean; NaN with fewer than two.
+        mean: of the differences, positive in the claim's direction, or of the values; for a figure, the share of runs that
+            show it, in %; NaN without runs.
+        interval: of the mean; NaN with fewer than two, and for figures.
         level: the interval's confidence after Holm's correction.
         sign_flip: p of the sign-flip test, two-sided; NaN where there is none.
         profile: of the runs that judge; "" without any.
-        needed: pairs or runs that an interval as wide as the margin, or as the published difference, would need at the
-            spread seen here; None if the spread is not known.
+        needed: pairs or runs for a 95% interval that reaches no farther than the margin to each side, at the spread seen
+            here; None if the spread is not known.
         note: what else must be said.
+        records: those that it was computed from.
     """
 
     claim: Claim
@@ -108,192 +116,80 @@ class Verdict:
     profile: str = ""
     needed: int | None = None
     note: str = ""
+    records: tuple[Record, ...] = ()
+
+
+class Sample(NamedTuple):
+    """What is judged: values or differences, the profile of their runs, and the runs."""
+
+    values: tuple[float, ...]
+    profile: str
+    records: tuple[Record, ...]
 
 
 def read_claims() -> list[Claim]:
     """All claims, from data/paper/claims.csv. Raises ValueError for a row that does not make sense."""
-    text = (bundled_folder("paper") / "claims.csv").read_text(encoding="utf-8")
-    found = []
+    return parse_claims((bundled_folder("paper") / "claims.csv").read_text(encoding="utf-8"))
+
+
+def parse_claims(text: str) -> list[Claim]:
+    """The claims in the text of a file such as data/paper/claims.csv. Raises ValueError for a row without sense."""
+    found: dict[str, Claim] = {}
     for row in csv.DictReader(text.splitlines()):
-        claim = Claim(**{**row, "margin": float(row["margin"] or 0.0)})  # type: ignore[arg-type]
-        if (
-            claim.kind not in KINDS
-            or claim.measure not in ("", *MEASURES)
-            or claim.better not in ("", "higher", "lower")
-        ):
+        numbers = {"margin": float(row["margin"] or 0.0), "seeds": int(row.get("seeds") or 0)}
+        claim = Claim(**{**row, **numbers})  # type: ignore[arg-type]
+        known = ("", *(SIGNS if claim.kind == "figure" else MEASURES))
+        if claim.kind not in KINDS or claim.measure not in known or claim.better not in ("", "higher", "lower"):
             raise ValueError(f"claims.csv: {claim.claim!r} has an unknown kind, measure or direction")
-        found.append(claim)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------- measures
-
-
-def _epochs(record: Record, phase: int, part: slice) -> float:
-    """The mean exact rate with re-estimated statistics over some epochs of a phase (from 1), in %."""
-    rows = [row for row in record.history if row["phase"] == phase][part]
-    return 100.0 * float(np.mean([row["reestimated_exact"] for row in rows]))
-
-
-def _phases(record: Record) -> int:
-    return int(max(row["phase"] for row in record.history))
-
-
-def adaptation(record: Record) -> float:
-    """The mean exact rate over the first ten epochs of the second and later phases, in %."""
-    return float(np.mean([_epochs(record, phase, slice(0, 10)) for phase in range(2, _phases(record) + 1)]))
-
-
-def accuracy(record: Record) -> float:
-    """The mean exact rate over the last five epochs of the last phase, in %."""
-    return _epochs(record, _phases(record), slice(-5, None))
-
-
-def extrapolation(record: Record) -> float:
-    """The exact rate on the grids of the next phase before training on them, mean over the ends of phases, in %."""
-    return 100.0 * float(np.mean([record.metrics[f"before{phase}_exact"] for phase in range(2, _phases(record) + 1)]))
-
-
-def _metric(name: str) -> Callable[[Record], float]:
-    return lambda record: float(record.metrics[name])
-
-
-MEASURES: dict[str, Callable[[Record], float]] = {
-    "adaptation": adaptation,
-    "accuracy": accuracy,
-    "extrapolation": extrapolation,
-    **{name: _metric(name) for name in ("error", "top1_error", "top5_error")},
-}
-"""What claims are judged by: a function from a record to a number in %."""
-
-
-# -------------------------------------------------------------------------------------------------------------- statistics
-
-
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Student's interval of the mean of n >= 2 values."""
-    from scipy import stats
-
-    array = np.asarray(values, dtype=float)
-    half = stats.t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
-    return float(array.mean() - half), float(array.mean() + half)
-
-
-def p_value(values: Sequence[float]) -> float:
-    """p of Student's two-sided test that the mean of n >= 2 values is 0."""
-    from scipy import stats
-
-    array = np.asarray(values, dtype=float)
-    if array.std(ddof=1) == 0.0:
-        return 0.0 if array.mean() else 1.0
-    return float(stats.ttest_1samp(array, 0.0).pvalue)
-
-
-def sign_flip(values: Sequence[float]) -> float:
-    """p of the exact two-sided sign-flip test: how often random signs make a sum at least as large; for up to 20 values.
-
-    With n pairs it is at least 2 / 2^n: below five pairs it cannot be small.
-    """
-    array = np.asarray(values, dtype=float)
-    if len(array) > 20:
-        return math.nan
-    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(array))))
-    sums = np.abs(signs @ array)
-    return float(np.mean(sums >= abs(array.sum()) * (1 - 1e-12)))
-
-
-def holm_levels(p_values: Sequence[float], level: float = LEVEL) -> list[float]:
-    """The confidence of each claim's interval such that "excludes zero" is Holm's step-down test.
-
-    Of m claims the one with the smallest p is tested at (1 - level) / m, the next at (1 - level) / (m - 1), and so on, until
-    one fails; those after it are tested at the level at which that one failed.
-    """
-    order, m = np.argsort(p_values, kind="stable"), len(p_values)
-    found, failed = [0.0] * m, 0.0
-    for rank, place in enumerate(order):
-        allowed = failed or (1 - level) / (m - rank)
-        found[place] = 1 - allowed
-        if not failed and p_values[place] > allowed:
-            failed = allowed
-    return found
-
-
-def needed_for(spread: float, width: float, level: float = LEVEL) -> int | None:
-    """The smallest n for which the half-width of the interval of a mean is at most `width`; None for a width of 0."""
-    from scipy import stats
-
-    if not width > 0 or not math.isfinite(spread):
-        return None
-
-    def enough(n: int) -> bool:
-        return bool(stats.t.ppf((1 + level) / 2, n - 1) * spread / math.sqrt(n) <= width)
-
-    high = 2
-    while not enough(high):
-        high *= 2
-    low = max(2, high // 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
-
-
-# ---------------------------------------------------------------------------------------------------------------- verdicts
+        if claim.claim in found:
+            raise ValueError(f"claims.csv: {claim.claim!r} stands there twice")
+        found[claim.claim] = claim
+    return list(found.values())
 
 
 def verdicts(records: Sequence[Record], claims: Sequence[Claim] | None = None) -> list[Verdict]:
     """The verdict on every claim, in their order. Records of older versions of a study do not count."""
     claims = read_claims() if claims is None else claims
-    found = {claim.claim: _judged(claim, records) for claim in claims}
-    for study in {claim.study for claim in claims}:
-        names = [claim.claim for claim in claims if claim.study == study and isinstance(found[claim.claim], list)]
-        samples = [found[name] for name in names]
-        levels = holm_levels([p_value([pair[0] for pair in sample]) for sample in samples])  # type: ignore[union-attr]
-        for name, sample, level in zip(names, samples, levels, strict=True):
-            claim = next(claim for claim in claims if claim.claim == name)
-            found[name] = _contrast(claim, sample, level)  # type: ignore[arg-type]
-    return [found[claim.claim] for claim in claims]  # type: ignore[misc]
+    found: dict[str, Verdict] = {}
+    contrasts: dict[str, list[tuple[Claim, Sample]]] = {}
+    for claim in claims:
+        judge = _JUDGES.get(claim.kind)
+        if judge:
+            found[claim.claim] = judge(claim, records)
+            continue
+        sample = pairs_of(claim, records)
+        if len(sample.values) < 2:
+            found[claim.claim] = _too_few(claim, sample)
+        else:
+            contrasts.setdefault(claim.study, []).append((claim, sample))
+    for study in contrasts.values():
+        levels = holm_levels([p_value([value - _bound(claim) for value in sample.values]) for claim, sample in study])
+        for (claim, sample), level in zip(study, levels, strict=True):
+            found[claim.claim] = _contrast(claim, sample, level)
+    return [found[claim.claim] for claim in claims]
 
 
-def _judged(claim: Claim, records: Sequence[Record]) -> Verdict | list[tuple[float, str]]:
-    """The verdict on a claim that is judged alone; for a contrast with pairs, (difference, profile) of each."""
-    if claim.kind == "definition":
-        return Verdict(claim, DEFINITION, note=claim.test)
-    if claim.kind == "argument":
-        return Verdict(claim, ARGUMENT)
-    if claim.kind == "value":
-        return _value(claim, records)
-    pairs = pairs_of(claim, records)
-    if len(pairs) < 2:
-        return _too_few(claim, [pair[0] for pair in pairs], pairs[0][1] if pairs else "")
-    return pairs
-
-
-def _too_few(claim: Claim, values: Sequence[float], profile: str) -> Verdict:
-    if not values:
-        return Verdict(claim, NOT_RUN)
-    return Verdict(claim, ONE_RUN, 1, values[0], profile=profile)
-
-
-def pairs_of(claim: Claim, records: Sequence[Record]) -> list[tuple[float, str]]:
-    """The differences of a contrast by seed, positive in the claim's direction, with the profile of its runs.
+def pairs_of(claim: Claim, records: Sequence[Record]) -> Sample:
+    """The differences of a contrast by seed, positive in the claim's direction.
 
     Both runs of a pair have the same profile, data, precision and revision of the code. The best profile with at least two
     pairs counts, otherwise the best one with any; never two together.
     """
     measure, sign = MEASURES[claim.measure], 1.0 if claim.better == "higher" else -1.0
-    best: list[tuple[float, str]] = []
+    best = Sample((), "", ())
     for profile in _PROFILES:
         sides = [
-            {_conditions(record): measure(record) for record in records if _counts(record, name, profile, claim.data)}
+            {_conditions(record): record for record in records if _counts(claim, record, name, profile)}
             for name in (claim.recipe, claim.against)
         ]
         common = sorted(sides[0].keys() & sides[1].keys(), key=str)
-        seeds = {key[0]: key for key in common}  # one pair per seed, however often it was run
-        found = [(sign * (sides[0][key] - sides[1][key]), profile) for _, key in sorted(seeds.items())]
-        if len(found) > 1:
-            return found
-        best = best or found
+        by_seed = {key[0]: key for key in common}  # one pair per seed, however often it was run
+        pairs = [(sides[0][key], sides[1][key]) for _, key in sorted(by_seed.items())]
+        differences = tuple(sign * (measure(one) - measure(other)) for one, other in pairs)
+        sample = Sample(differences, profile, tuple(record for pair in pairs for record in pair))
+        if len(pairs) > 1:
+            return sample
+        best = best if best.values or not pairs else sample
     return best
 
 
@@ -302,68 +198,139 @@ def _conditions(record: Record) -> tuple[Any, ...]:
     return record.seed, record.data.get("fingerprint"), run.get("precision"), run.get("revision"), run.get("dirty")
 
 
-def _counts(record: Record, recipe: str, profile: str, data: str) -> bool:
-    whole = not data or (of_data(record, data) if profile == "paper" else _source(record) == data)
-    return record.recipe == recipe and is_planned(record, profile) and whole
+def _counts(claim: Claim, record: Record, recipe: str, profile: str) -> bool:
+    if record.recipe != recipe or record.seed < claim.seeds or not is_planned(record, profile):
+        return False
+    source = str(record.data.get("source", "")).split(" (")[0]
+    return not claim.data or (of_data(record, claim.data) if profile == "paper" else source == claim.data)
 
 
-def _source(record: Record) -> str:
-    return str(record.data.get("source", "")).split(" (")[0]
+def _bound(claim: Claim) -> float:
+    """The difference that the interval must exclude."""
+    return -claim.margin if claim.kind == "not worse" else 0.0
 
 
-def _contrast(claim: Claim, pairs: Sequence[tuple[float, str]], level: float) -> Verdict:
-    values, profile = [difference for difference, _ in pairs], pairs[0][1]
-    low, high = mean_interval(values, level)
-    mean, margin = float(np.mean(values)), claim.margin
-    if claim.kind == "not worse":
-        word = REPRODUCED if low > -margin else CONTRADICTED if high < -margin else NOT_RESOLVED
-    elif low > 0 or high < 0:
-        word = REPRODUCED if low > 0 else CONTRADICTED
+def _contrast(claim: Claim, sample: Sample, level: float) -> Verdict:
+    low, high = mean_interval(sample.values, level)
+    mean, bound, margin = float(np.mean(sample.values)), _bound(claim), claim.margin
+    if low > bound or high < bound:
+        word = REPRODUCED if low > bound else CONTRADICTED
+    elif claim.kind == "contrast" and -margin <= low and high <= margin:
+        word = NO_DIFFERENCE
     else:
-        word = NO_DIFFERENCE if -margin <= low and high <= margin else NOT_RESOLVED
+        word = NOT_RESOLVED
     note = ""
     if claim.kind == "contrast" and word in (REPRODUCED, CONTRADICTED) and abs(mean) < margin:
-        note = f"the difference is smaller than the {margin:g} points that would be worth having"
+        note = f"smaller than the {margin:g} points that would be worth having"
     if word == NOT_RESOLVED:
-        note = f"n = {len(values)}, half-width {(high - low) / 2:.2f} points"
+        note = f"n = {len(sample.values)}, half-width {(high - low) / 2:.2f} points"
     return Verdict(
         claim,
-        word if profile == "paper" else f"{word}, at profile {profile}",
-        len(values),
+        _at(word, sample.profile),
+        len(sample.values),
         mean,
         (low, high),
         level,
-        sign_flip(values),
-        profile,
-        needed_for(float(np.std(values, ddof=1)), margin),
+        sign_flip(sample.values),
+        sample.profile,
+        needed_for_width(float(np.std(sample.values, ddof=1)), margin),
         note,
+        sample.records,
     )
 
 
-def published_value(claim: Claim) -> float:
-    """The published figure of a value. Raises ValueError if data/paper does not hold it."""
+def _at(word: str, profile: str) -> str:
+    return word if profile == "paper" else f"{word}, at profile {profile}"
+
+
+def _too_few(claim: Claim, sample: Sample) -> Verdict:
+    if not sample.values:
+        return Verdict(claim, NOT_RUN)
+    return Verdict(claim, ONE_RUN, 1, sample.values[0], profile=sample.profile, records=sample.records)
+
+
+def published_value(claim: Claim, recipe: str = "") -> float:
+    """The published figure of a claim's recipe, or of another one. Raises ValueError if data/paper does not hold it."""
     table, _, column = claim.published.partition("/")
+    name = recipe or claim.recipe
     for row in paper_table(table):
-        if row["model"] == claim.recipe:
+        if row["model"] == name:
             return float(row[column])
-    raise ValueError(f"no row {claim.recipe!r} in data/paper/{table}.csv")
+    raise ValueError(f"no row {name!r} in data/paper/{table}.csv")
+
+
+def needed_for_published(claim: Claim, spread: float) -> int | None:
+    """Pairs that a contrast would need to see the published difference, at 80% power and 95% confidence.
+
+    `spread` is the standard deviation of single runs, which need not be alike for a seed: that of a difference is the square
+    root of 2 times as large. None without published figures.
+    """
+    if not claim.published or not claim.against:
+        return None
+    difference = round(published_value(claim) - published_value(claim, claim.against), 6)
+    return needed_to_see(difference, math.sqrt(2) * spread)
 
 
 def _value(claim: Claim, records: Sequence[Record]) -> Verdict:
-    measure = MEASURES[claim.measure]
-    runs = [record for record in records if _counts(record, claim.recipe, "paper", claim.data)]
-    exact = {record.seed: measure(record) for record in runs if record.data["source"] == claim.data}
-    if not exact and runs:
-        editions = ", ".join(sorted({record.data["source"] for record in runs}))
-        values = [measure(record) for record in runs]
-        note = f"run on another edition, {editions}"
-        return Verdict(claim, INCOMPARABLE, len(values), float(np.mean(values)), profile="paper", note=note)
-    values = [exact[seed] for seed in sorted(exact)]
-    if len(values) < 2:
-        return _too_few(claim, values, "paper" if values else "")
-    (low, high), published = mean_interval(values), published_value(claim)
-    inside = abs(low - published) <= claim.margin and abs(high - published) <= claim.margin
+    runs = [record for record in records if _counts(claim, record, claim.recipe, "paper")]
+    exact = {record.seed: record for record in runs if record.data["source"] == claim.data}
+    judged = tuple(exact[seed] for seed in sorted(exact)) or tuple(runs)
+    sample = Sample(tuple(MEASURES[claim.measure](record) for record in judged), "paper", judged)
+    if runs and not exact:
+        note = f"run on another edition, {', '.join(sorted({record.data['source'] for record in runs}))}"
+        mean = float(np.mean(sample.values))
+        return Verdict(claim, INCOMPARABLE, len(runs), mean, profile="paper", note=note, records=judged)
+    if len(sample.values) < 2:
+        return _too_few(claim, sample)
+    (low, high), published, n = mean_interval(sample.values), published_value(claim), len(sample.values)
+    inside = low >= published - claim.margin and high <= published + claim.margin
     outside = low > published + claim.margin or high < published - claim.margin
     word = REPRODUCED if inside else CONTRADICTED if outside else NOT_RESOLVED
-    needed = needed_for(float(np.std(values, ddof=1)), claim.margin)
-    return Verdict(claim, word, len(values), float(np.mean(values)), (low, high), profile="paper", needed=needed)
+    note = f"n = {n}, half-width {(high - low) / 2:.2f} points" if word == NOT_RESOLVED else ""
+    needed = needed_for_width(float(np.std(sample.values, ddof=1)), claim.margin)
+    mean = float(np.mean(sample.values))
+    return Verdict(claim, word, n, mean, (low, high), profile="paper", needed=needed, note=note, records=judged)
+
+
+def _figure(claim: Claim, records: Sequence[Record]) -> Verdict:
+    for profile in _PROFILES:
+        runs = [record for record in records if _counts(claim, record, claim.recipe, profile)]
+        shown = {record.seed: sign_of(claim.measure, record, records) for record in runs}
+        known = tuple(sorted((record for record in runs if shown[record.seed] is not None), key=lambda run: run.seed))
+        if not known:
+            continue
+        n, yes = len(known), sum(bool(shown[record.seed]) for record in known)
+        note = f"seen in {yes} of {n} run{'s' * (n > 1)}"
+        word = ONE_RUN if n == 1 else _at(REPRODUCED if yes == n else NOT_RESOLVED if yes else CONTRADICTED, profile)
+        return Verdict(claim, word, n, 100.0 * yes / n, profile=profile, note=note, records=known)
+    return Verdict(claim, NOT_RUN)
+
+
+_JUDGES: dict[str, Callable[[Claim, Sequence[Record]], Verdict]] = {
+    "definition": lambda claim, _: Verdict(claim, DEFINITION, note=claim.test),
+    "argument": lambda claim, _: Verdict(claim, ARGUMENT),
+    "value": _value,
+    "figure": _figure,
+}
+"""How claims are judged that do not depend on the other claims of their study."""
+
+
+def as_rows(found: Sequence[Verdict], wording: bool = False) -> list[dict[str, str]]:
+    """Verdicts as rows of text, for `softshare.studies.tables`; with the poster's wording, or the claim's name."""
+    rows = []
+    for verdict in found:
+        claim = verdict.claim
+        row = {"claim": claim.says if wording else claim.claim, "verdict": verdict.verdict, "n": str(verdict.n or "")}
+        row |= {"mean": "", "interval": "", "sign-flip p": "", "n needed": "", "note": verdict.note}
+        signed = "+" if claim.against else ""
+        if not math.isnan(verdict.mean):
+            row["mean"] = f"{verdict.mean:.0f}%" if claim.kind == "figure" else f"{verdict.mean:{signed}.2f}"
+        if not math.isnan(verdict.interval[0]):
+            low, high = verdict.interval
+            row["interval"] = f"{low:{signed}.2f} to {high:{signed}.2f} ({verdict.level:.1%})".replace(".0%", "%")
+        if not math.isnan(verdict.sign_flip):
+            row["sign-flip p"] = f"{verdict.sign_flip:.2g}"
+        if verdict.needed:
+            row["n needed"] = f"{verdict.needed:,}"
+        rows.append(row)
+    return rows
