@@ -80,7 +80,7 @@ def initial_coefficients(
 
 
 class WeightSource(nn.Module):
-    """What layers draw their weights from; knows whether it was frozen directly, not through one of its layers."""
+    """What layers draw their weights from. It records whether it was frozen directly rather than through one of its layers."""
 
     frozen_on_purpose = False
 
@@ -95,7 +95,7 @@ class WeightSource(nn.Module):
 
 
 class Mixed:
-    """The weights of a bank, mixed by one matrix product, for as long as `softshare.sharing.mixed_once` is in force."""
+    """The weights of a bank, mixed by one matrix product, while a `softshare.sharing.mixed_once` block is active."""
 
     def __init__(self, bank: TemplateBank) -> None:
         self.made_from = bank.coefficients, bank.templates
@@ -111,8 +111,9 @@ class Mixed:
             return None
         if torch.compiler.is_compiling():
             return self.rows[index]
-        # Reentrant activation checkpointing runs blocks first without gradients and again in the backward pass, each with
-        # a backward pass of its own. The first of these would free what the others need of a common product.
+        # Reentrant activation checkpointing runs each block first without gradients and again during the backward pass,
+        # where each block has its own backward pass. The first of these would free the parts of a shared product that the
+        # others still need.
         if not torch.is_grad_enabled():
             self.read_without.add(index)
         return None if torch.is_grad_enabled() and index in self.read_without else self.rows[index]
@@ -136,7 +137,7 @@ class TemplateBank(WeightSource):
             ``model.to(memory_format=...)``, as the weights of a plain convolution do.
         name: the group's name in plans, plots and `banks`.
 
-    Each weight is mixed when it is read, by a product of its own, unless `softshare.sharing.mixed_once` is in force.
+    Each weight is mixed when it is read, by a product of its own, unless a `softshare.sharing.mixed_once` block is active.
     Products are as exact as the bank's dtype, whatever autocast, TF32 or `torch.set_float32_matmul_precision` allow.
 
     Templates are drawn from a normal distribution with variance 2 / fan_in (He et al. 2015), as in the authors' code.

@@ -74,16 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="show the poster's tables and the verdicts on its claims, from records")
     report.add_argument("--runs", default="", help="folder of records")
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
-    gpu = commands.add_parser("gpu", help="run what is worth a GPU's time, in order of value, as far as time allows")
+    what = "run what is worth a GPU's time, in order of value, as far as time allows; a second call goes on"
+    gpu = commands.add_parser("gpu", help=what, description=what)
     gpu.add_argument("--minutes", type=float, required=True, help="how much time is available")
-    gpu.add_argument("--rehearse", action="store_true", help="the same list at toy sizes, on any machine")
+    gpu.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="the same list at toy sizes: about three minutes on two CPU cores",
+    )
     gpu.add_argument(
         "--carry",
         type=float,
         default=12.0,
         metavar="MB",
-        help="largest checkpoint that outlives this machine; runs with larger ones are begun only if they fit into the time "
-        'left; default: 12; "inf" where checkpoints stay',
+        help="largest checkpoint that outlives this machine (up to two are kept per run); runs with larger ones are begun "
+        'only if they fit into the time left; default: 12; "inf" where checkpoints stay',
     )
     gpu.add_argument("--device", help="cpu or cuda; default: cuda if available")
     gpu.add_argument("--runs", default="", help="folder of records")

@@ -1,7 +1,7 @@
 """Soft parameter sharing: the layers of any model draw their weights from template banks, one bank per group.
 
 `share_` makes a model share, `banks` lists its banks, `decay_groups` sets what an optimizer decays, `unshare` undoes it,
-`mixed_once` makes reading the weights cheaper.
+`mixed_once` makes repeated reads of the weights cheaper.
 
 Letters: L layers in a group, k templates, d elements of one layer's weight.
 """
@@ -298,9 +298,9 @@ def banks(model: nn.Module) -> dict[str, TemplateBank]:
 def mixed_once(model: nn.Module) -> Iterator[None]:
     """Mix the weights of each bank by one matrix product for all reads in a ``with`` block, instead of one per read.
 
-    Put a forward pass and its backward pass inside, as `fit` does, or an evaluation; the parameters must not change there.
-    The gradients of a bank are then one product each, too. Weights are as without it, up to rounding, and are released at
-    the end of the block (after the backward pass, if that comes later).
+    Put a forward pass and its backward pass inside, as `fit` does, or a whole evaluation; parameters must not change inside
+    the block. Each bank's gradients then take one product too. The weights equal those mixed separately, up to rounding, and
+    are released when the block ends (or after the backward pass, if later).
     """
     found = [bank for bank in banks(model).values() if type(bank).mix is TemplateBank.mix]
     before = [bank.mixed for bank in found]

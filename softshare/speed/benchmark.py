@@ -177,6 +177,7 @@ def _steps(setup: Namespace, task: Classification) -> dict[str, Any]:
     ratios["share of the matrix ceiling"] = ratio(seconds, "matrix product", "ours", needed / product)
     ratios["data path's share of a copy's rate"] = ratio(seconds, "copy", "data path", moved / copied)
     given = {"model": setup.model, "batch": batch, "compile": setup.compile, "workers": setup.workers}
+    given |= {"captured": steps["ours"]()}
     epoch = {name: IMAGES / batch * median(seconds[name]) for name in steps}
     return {
         "precision": precision_name(dtype),

@@ -53,12 +53,15 @@ def _orders(task: Classification, batch: int) -> Iterator[tuple[int, Sequence[Te
 
 
 def ours(task: Classification, name: str, batch: int, compile: bool = False) -> Call:
-    """A training step of the named model as `fit` makes it, captured on CUDA; warns if capturing or torch.compile fails."""
+    """A training step of the named model as `fit` makes it, captured on CUDA; warns if capturing or torch.compile fails.
+
+    It returns whether steps are captured, as `softshare.training.graphed.Steps` puts it.
+    """
     stream = _as_in_fit(task, name, batch, compile)
     return lambda: next(stream)
 
 
-def _as_in_fit(task: Classification, name: str, batch: int, compile: bool) -> Iterator[None]:
+def _as_in_fit(task: Classification, name: str, batch: int, compile: bool) -> Iterator[bool | str]:
     device, task = task.images.device, task.to(task.images.device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     model = models.build(name).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,7 +73,7 @@ def _as_in_fit(task: Classification, name: str, batch: int, compile: bool) -> It
             if compile and run.stepper.outcome is not True:
                 warnings.warn(f"{name} runs without torch.compile", stacklevel=2)
                 compile = False
-            yield
+            yield run.captured
 
 
 def authors(task: Classification, name: str, batch: int, workers: int, tf32: bool) -> Call:

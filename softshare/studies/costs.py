@@ -1,15 +1,20 @@
-"""How long a run will take: from its network's multiply-adds and a speed, assumed or measured."""
+"""How long a run will take: from its network's multiply-adds and an assumed or measured speed."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..models import convolutions, multiply_adds, parameters
+import torch
+
+from ..models import build, convolutions, multiply_adds
+from ..sharing import banks
 from ..speed.benchmark import load_benchmark
+from .folding import THRESHOLDS
 from .recipes import study_of
+from .running import SNAPSHOTS
 from .study import Plan
 
 CPU_SPEED, GPU_SPEED = 55e9, 8e12
@@ -25,38 +30,62 @@ CAPTURED_SECONDS = 1e-4
 took about 1 ms on an H100; the rest is for evaluation."""
 
 
-def expected_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
+class Speed(NamedTuple):
+    """A measured speed.
+
+    Attributes:
+        rate: multiply-adds per second in training.
+        captured: whether that was in captured steps.
+    """
+
+    rate: float
+    captured: bool = False
+
+
+def expected_seconds(plan: Plan, gpu: bool, speed: Speed | None = None) -> float:
     """An estimate of a run's time, from its network's multiply-adds (three times those of a forward pass).
 
     Args:
-        speed: multiply-adds per second, if measured; default: `CPU_SPEED` or `GPU_SPEED`, and steps that are not captured,
-            as on a T4, whose float16 does not allow it.
+        speed: if measured; default: `CPU_SPEED` or `GPU_SPEED`, and steps that are not captured, as on a T4, whose float16
+            does not allow it.
     """
     examples, epochs = study_of(plan).examples(plan), plan.settings.epochs
     forward = multiply_adds(plan.network, plan.sizes["side"], **plan.options)
-    seconds = 3 * forward * examples * epochs / (speed or (GPU_SPEED if gpu else CPU_SPEED))
+    seconds = 3 * forward * examples * epochs / _rate(gpu, speed)
     steps = examples / plan.settings.batch_size * epochs
-    launch = CAPTURED_SECONDS if gpu and speed is not None else LAUNCH_SECONDS
+    launch = CAPTURED_SECONDS if speed is not None and speed.captured else LAUNCH_SECONDS
     return max(seconds, launch * convolutions(plan.network, **plan.options) * steps)
 
 
-def fold_seconds(plan: Plan, gpu: bool, speed: float | None = None) -> float:
-    """The same for folding its network at `folding.THRESHOLDS` and testing every fold twice."""
+def _rate(gpu: bool, speed: Speed | None) -> float:
+    return speed.rate if speed else GPU_SPEED if gpu else CPU_SPEED
+
+
+def fold_seconds(plan: Plan, gpu: bool, speed: Speed | None = None) -> float:
+    """Expected seconds to fold its network at `folding.THRESHOLDS` and to test every fold twice."""
     forward = multiply_adds(plan.network, plan.sizes["side"], **plan.options)
-    tested = 2 * 18 * (plan.sizes.get("test") or 10_000)
-    return tested * forward / (speed or (GPU_SPEED if gpu else CPU_SPEED))
+    tested = 2 * (1 + len(THRESHOLDS)) * (plan.sizes.get("test") or 10_000)
+    return tested * forward / _rate(gpu, speed)
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """The size of a checkpoint: weights and one tensor of their size for SGD, two for Adam, in float32."""
-    return 4 * parameters(plan.network, **plan.options) * (3 if plan.settings.optimizer == "adam" else 2)
+    """The size of the last checkpoint: weights and one tensor of their size for SGD, two for Adam, BatchNorm's statistics,
+    and all snapshots of coefficients, in float32."""
+    with torch.device("meta"):
+        model = build(plan.network, **plan.options)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    snapshots = 1 + plan.settings.epochs + (SNAPSHOTS - 1) * plan.recipe.dense_epochs
+    coefficients = sum(bank.coefficients.numel() for bank in banks(model).values())
+    return 4 * (weights * (3 if plan.settings.optimizer == "adam" else 2) + buffers + snapshots * coefficients)
 
 
-def measured_speed(path: Path) -> float | None:
-    """Multiply-adds per second in training, from the record of a benchmark; None if it contains none."""
+def measured_speed(path: Path, quick: bool = False) -> Speed | None:
+    """The speed in training, from the record of a benchmark; None if there is none, or a quick one that is not asked for."""
     try:
         record: Mapping[str, Any] = load_benchmark(path)
         steps, forward = record["steps"], record["ceiling"]["multiply-adds an image"]
-        return 3 * float(forward) * steps["batch"] / statistics.median(steps["seconds"]["ours"])
+        rate = 3 * float(forward) * steps["batch"] / statistics.median(steps["seconds"]["ours"])
+        return None if record["quick"] and not quick else Speed(rate, steps.get("captured") is True)
     except (OSError, ValueError, KeyError):
         return None

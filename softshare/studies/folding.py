@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import models
+from .. import files, models
 from ..folded import sweep
 from ..folding import FoldPlan, WithinChance, plan_fold
 from ..models import Network
@@ -92,7 +92,7 @@ def fold_costs(
             metrics[f"distinct_at_{row['threshold']:g}"] = row["distinct"]
             metrics[f"{short}_change_at_{row['threshold']:g}"] = row["change"]
     metrics["layers"] = rows[0]["total"]
-    where = execution_facts(device_of(model), plan.settings)
+    where = execution_facts(device_of(model), plan.settings) | {"record folded": files.file_checksum(record.path)}
     return write_record(identity, metrics, data=record.data, history=rows, execution=where, runs=runs)
 
 

@@ -4,8 +4,8 @@ Every run, and every fold of a trained network, is a process of its own under a 
 at the end, records, so the same command goes on where the last one stopped. A rehearsal executes the same list at toy sizes
 on any machine.
 
-Runs take turns instead of running side by side: on an H100, ten processes that trained grid networks took as long as one
-after the other.
+Runs take turns instead of running side by side: on an H100, ten processes that trained grid networks took as long as they
+would have taken one after another.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,8 +37,11 @@ from .study import Plan
 STARTUP = 25.0
 """Seconds that a process needs before its first step and after its last; assumed, not measured."""
 
-BENCHMARK_SECONDS = 180.0
-"""The benchmark's limit; it is made to take about 90."""
+BENCHMARK_SECONDS, BENCHMARK_LIMIT = 90.0, 180.0
+"""How long the benchmark is assumed to take on a GPU, and its limit."""
+
+MARGIN = 1.25
+"""A run that cannot go on elsewhere is begun only if this multiple of its expected time is left."""
 
 _WORTH_STARTING = 60.0  # seconds of training
 
@@ -89,10 +93,11 @@ class Places:
         device: "cuda" or "cpu".
         runs: folder of records; the benchmark's goes to its subfolder "benchmarks". Default: data/runs, data/benchmarks.
         checkpoints: see `softshare.studies.running.checkpoints_folder`.
-        carry: the largest checkpoint, in MB, that will still be there when the list goes on. A run with a larger one is
-            begun only if it fits into the time left.
+        carry: the largest checkpoint, in MB, that will still exist at the next call; up to two are kept per run. A run with
+            a larger one is begun only if it fits into the time left.
         download: whether to fetch data sets if no copy is found.
         rehearse: toy sizes of profile "fast", every step executed; of several seeds only the first.
+        fingerprints: of the data of each job, found once.
 
     Raises RuntimeError inside an application, which has no Python interpreter to start the runs with.
     """
@@ -103,6 +108,7 @@ class Places:
     carry: float = math.inf
     download: bool = False
     rehearse: bool = False
+    fingerprints: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("runs", "checkpoints"):
@@ -150,8 +156,8 @@ def entries() -> list[Entry]:
         names = ("WRN 28-{}", "SWRN 28-{}-2", "SWRN 28-{}-1", "SWRN 28-{}", "WRN 16-{}")
         return [f"{name.format(width)} cutout" for name in names]
 
-    deep = Job("SWRN 40-8-8", 0, "short")
-    shuffled = Job("SWRN 40-8-8 shuffled", 0, "short")
+    deep = Job("SWRN 40-8-8", 1, "short")  # seed 0 was run before the claims that it would judge
+    shuffled = Job("SWRN 40-8-8 shuffled", 1, "short")
     found = [
         Entry("benchmark"),
         Entry("shortest-path curriculum, five seeds", pairs(("CNN", "SCNN"), range(10, 15))),
@@ -177,12 +183,20 @@ def entries() -> list[Entry]:
 
 
 def run_list(minutes: float, places: Places) -> int:
-    """Work down the list: do what is expected to fit into the time left, begin what can go on next time, skip the rest.
+    """Work down the list: do what is expected to fit into the time left, start what a later call can continue, skip the
+    rest.
 
-    Returns 0, or 1 if a job failed by itself. Raises ValueError for minutes or `Places.carry` that are not above 0.
+    Jobs that were stopped at their limit get a second turn at the end. Returns 0, or 1 if a job failed by itself.
+
+    Raises:
+        ValueError: minutes or `Places.carry` that are not above 0.
+        OSError: nothing can be written to a folder of `places`.
     """
     if not minutes > 0 or not places.carry > 0:
         raise ValueError(f"minutes and carry must be above 0, got {minutes} and {places.carry}")
+    for folder in (places.runs, places.checkpoints):
+        if folder:
+            files.writable(Path(folder))
     return _List(time.monotonic() + 60 * minutes, places).work()
 
 
@@ -191,67 +205,87 @@ class _List:
 
     def __init__(self, deadline: float, places: Places) -> None:
         self.deadline, self.places = deadline, places
-        self.outcomes: list[tuple[str, str, str]] = []
-        self.speed: float | None = None
+        self.outcomes: dict[tuple[str, str], str] = {}  # by entry and job
+        self.speed: costs.Speed | None = None
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
     def work(self) -> int:
-        seen: set[tuple[str, bool]] = set()
-        with _terminated_like_ctrl_c():
-            for entry in entries():
-                if not entry.jobs:
-                    self.benchmark(entry)
-                for job in entry.jobs:
-                    if self.places.rehearse and (job.recipe, job.folds) in seen:
-                        continue
-                    seen.add((job.recipe, job.folds))
-                    try:
-                        outcome = self.outcome(job, entry)
-                    except (OSError, ValueError) as error:  # such as missing data; other jobs may have theirs
-                        outcome = f"failed: {error}"
-                    self.tell(entry, str(job), outcome)
-        print(f"\n{'entry':50} {'job':44} outcome")
-        for title, what, outcome in self.outcomes:
-            print(f"{title:50} {what[:44]:44} {outcome}")
-        return int(any(outcome.startswith("failed") for _, _, outcome in self.outcomes))
+        jobs = [(job, entry) for entry in entries() for job in entry.jobs]
+        if self.places.rehearse:  # one seed of each, on the one data set of profile fast
+            jobs = list({(job.recipe, job.folds): (job, entry) for job, entry in reversed(jobs)}.values())[::-1]
+        try:
+            with _terminated_like_ctrl_c():
+                for entry in entries():
+                    if not entry.jobs:
+                        self.attempt("pairwise timings", entry, self.benchmark)
+                for job, entry in jobs:
+                    self.attempt(self.named(job), entry, partial(self.outcome, job, entry))
+                for job, entry in jobs:
+                    if (
+                        self.outcomes[entry.title, self.named(job)].startswith(_STOPPED)
+                        and self.left() > _WORTH_STARTING
+                    ):
+                        self.attempt(self.named(job), entry, partial(self.outcome, job, entry))
+        finally:
+            print(f"\n{'entry':50} {'job':44} outcome")
+            for (title, what), outcome in self.outcomes.items():
+                print(f"{title:50} {what[:44]:44} {outcome}")
+        return int(any(outcome.startswith("failed") for outcome in self.outcomes.values()))
+
+    def named(self, job: Job) -> str:
+        return f"{job} (rehearsal)" if self.places.rehearse else str(job)
+
+    def attempt(self, what: str, entry: Entry, act: Callable[[], str]) -> None:
+        """Do something and tell its outcome; errors such as missing data cost no other job its turn."""
+        try:
+            outcome = act()
+        except (OSError, ValueError) as error:
+            outcome = f"failed: {error}"
+        self.outcomes[entry.title, what] = outcome
+        print(f"[{max(0.0, self.left()) / 60:.1f} min left] {entry.title}: {what}: {outcome}", flush=True)
 
     def outcome(self, job: Job, entry: Entry) -> str:
         """Do one job, if there is need and time; returns what became of it."""
         places = self.places
+        if self.left() <= 0:
+            return "skipped: no time left"
         if recorded(job, places):
-            return "has its record"
+            return "already recorded"
         if job.folds and not recorded(job.run, places):
             return "skipped: its network is not trained yet"
         if job.folds and not any(checkpoints_folder(_path(job.run, places), places.checkpoints).glob("step-*")):
             return "skipped: the weights of its network are not here"
         needs = whole = still_needs(job, places, self.speed)
-        carried = job.folds or costs.checkpoint_bytes(_plan(job, places)) <= 1e6 * places.carry
-        if not carried:  # what is made of its weights must fit, too
-            whole += sum(still_needs(each, places, self.speed) for each in entry.jobs if each.folds and each.run == job)
-        goes_on = carried and not job.folds and self.left() > STARTUP + _WORTH_STARTING
-        if whole > self.left() and not goes_on:
-            return f"skipped: needs about {math.ceil(whole / 60)} min"
-        return done(places.command(job), min(self.left(), 120 + 2 * needs))
+        goes_on = not job.folds and costs.checkpoint_bytes(_plan(job, places)) <= 1e6 * places.carry
+        if goes_on and self.left() > STARTUP + _WORTH_STARTING:
+            return done(places.command(job), min(self.left(), 120 + 2 * needs), "the same command goes on")
+        # What is made of its weights must fit, too.
+        whole += sum(still_needs(each, places, self.speed) for each in entry.jobs if each.folds and each.run == job)
+        if MARGIN * whole > self.left():
+            return f"skipped: needs about {math.ceil(whole / 60)} min, {self.left() / 60:.1f} min left"
+        return done(places.command(job), self.left(), "it starts afresh next time")
 
-    def tell(self, entry: Entry, what: str, outcome: str) -> None:
-        self.outcomes.append((entry.title, what, outcome))
-        print(f"[{max(0.0, self.left()) / 60:.1f} min left] {entry.title}: {what}: {outcome}", flush=True)
-
-    def benchmark(self, entry: Entry) -> None:
-        output = _benchmark_output(self.places)
+    def benchmark(self) -> str:
+        output, rehearse = _benchmark_output(self.places), self.places.rehearse
         if output and _is_full_benchmark(output):
-            self.tell(entry, "pairwise timings", "has its record")
+            outcome = "already recorded"
+        elif self.left() < BENCHMARK_SECONDS and not rehearse:
+            outcome = f"skipped: needs about {BENCHMARK_SECONDS:.0f} s"
         else:
             command = [*self.places.itself(), "bench", "--device", self.places.device.partition(":")[0]]
-            command += ["--quick"] if self.places.rehearse else ["--rounds", "5", "--no-compile"]
+            command += ["--quick"] if rehearse else ["--rounds", "5", "--no-compile"]
             command += ["--output", str(output)] if output else []
-            self.tell(entry, "pairwise timings", done(command, min(BENCHMARK_SECONDS, self.left())))
-        self.speed = costs.measured_speed(output) if output else None
+            outcome = done(command, min(BENCHMARK_LIMIT, self.left()), "it starts afresh next time")
+        self.speed = costs.measured_speed(output, quick=rehearse) if output else None
+        return outcome
 
 
-def done(command: Sequence[str], limit: float) -> str:
+_STOPPED = "stopped at its limit"
+
+
+def done(command: Sequence[str], limit: float, next_time: str) -> str:
     """Run a command for at most `limit` seconds; returns "done after 9 s", or how it failed or was stopped."""
     started = time.monotonic()
     with subprocess.Popen(command) as process:
@@ -259,7 +293,7 @@ def done(command: Sequence[str], limit: float) -> str:
             # One second at a time: Python would not see a signal that arrives just before an endless wait.
             while (status := process.poll()) is None:
                 if time.monotonic() - started >= limit:
-                    return f"stopped at its limit of {limit:.0f} s; the same command goes on"
+                    return f"{_STOPPED} of {limit:.0f} s; {next_time}"
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(min(1.0, max(0.01, limit)))
         finally:
@@ -288,24 +322,39 @@ def _plan(job: Job, places: Places) -> Plan:
 def _path(job: Job, places: Places) -> Path:
     """Where the record of a job is or will be; for folds, their run must have its record."""
     plan = _plan(job, places)
-    study = study_of(plan)
-    fingerprint = study.fingerprint(plan, None if places.rehearse else job.data, places.download)
-    path = record_path(study.identity(plan, fingerprint), places.runs)
+    study, data = study_of(plan), None if places.rehearse else job.data
+    key = (plan.recipe.study, plan.recipe.data, plan.profile, plan.seed, data)
+    if key not in places.fingerprints:
+        places.fingerprints[key] = study.fingerprint(plan, data, places.download)
+    path = record_path(study.identity(plan, places.fingerprints[key]), places.runs)
     return record_path(folding.fold_identity(read_record(path)), places.runs) if job.folds else path
 
 
 def recorded(job: Job, places: Places) -> bool:
-    """Whether a job has its record, for the data found on this machine."""
+    """Whether a job has its record, for the data found on this machine; for folds, of the network that is recorded now.
+
+    Raises ValueError for a damaged record.
+    """
     if job.folds and not _path(job.run, places).exists():
         return False
-    return _path(job, places).exists()
+    path = _path(job, places)
+    if not path.exists():
+        return False
+    try:
+        record = read_record(path)
+        if record.snapshots:
+            record.similarity()
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}; move {path.name} away to have it made again") from error
+    of = record.execution.get("record folded")
+    return not job.folds or of in (None, files.file_checksum(_path(job.run, places)))
 
 
-def still_needs(job: Job, places: Places, speed: float | None) -> float:
+def still_needs(job: Job, places: Places, speed: costs.Speed | None) -> float:
     """Expected seconds of a job, minus the share that its newest checkpoint has done.
 
-    They are those of the slowest run of the same recipe, profile and data on this hardware, if there is a record of one;
-    otherwise they follow from the network's multiply-adds and `speed`, as in `softshare.studies.costs`.
+    They are those of the slowest run that differs only by its seed on this hardware, if there is a record of one; otherwise
+    they follow from the network's multiply-adds and `speed`, as in `softshare.studies.costs`.
     """
     plan = _plan(job, places)
     if job.folds:
@@ -318,9 +367,14 @@ def still_needs(job: Job, places: Places, speed: float | None) -> float:
 
 
 def _measured(job: Job, places: Places) -> float | None:
-    """How long the slowest recorded run took that differs from a job only by seed or data set, on this hardware."""
-    profile = "fast" if places.rehearse else job.profile
-    runs = [record.execution for record in find_records(_path(job, places).parent, job.recipe, profile)]
+    """How long the slowest recorded run took that differs from a job only by its seed or data set, on this hardware."""
+    plan, folder = _plan(job, places), _path(job, places).parent
+    chosen = study_of(plan).identity(plan).chosen
+    runs = [
+        record.execution
+        for record in find_records(folder, job.recipe, plan.profile)
+        if record.identity.chosen == chosen and record.recipe == plan.recipe.name
+    ]
     # The seconds of a run that was interrupted count all its processes, which may have been elsewhere.
     alike = [run for run in runs if run.get("hardware") == _hardware(places) and "earlier" not in run]
     return max((float(run["seconds"]) for run in alike if "seconds" in run), default=None)
@@ -331,13 +385,17 @@ def _hardware(places: Places) -> str:
 
 
 def _benchmark_output(places: Places) -> Path | None:
+    """Where the benchmark of this hardware is or will be; None for a rehearsal that leaves none."""
+    usual = default_output(_hardware(places))
     if places.runs:
-        return Path(places.runs) / "benchmarks" / "benchmark.json"
-    return None if places.rehearse else default_output(_hardware(places))
+        return Path(places.runs) / "benchmarks" / usual.name
+    return None if places.rehearse else usual
 
 
 def _is_full_benchmark(path: Path) -> bool:
+    """Whether there is one of steps as they are made now: older records do not say whether steps were captured."""
     try:
-        return not load_benchmark(path)["quick"]
+        record = load_benchmark(path)
+        return not record["quick"] and "captured" in record["steps"]
     except (OSError, ValueError):
         return False

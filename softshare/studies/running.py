@@ -22,6 +22,9 @@ from .recipes import make_plan, study_of
 from .records import Record, read_record, record_path, write_record
 from .study import Plan, Study, Tasks
 
+SNAPSHOTS = 20
+"""Snapshots of coefficients in each of a recipe's first epochs that are recorded densely."""
+
 
 def checkpoints_folder(record: Path, checkpoints: str | Path = "") -> Path:
     """Where the checkpoints of the run with that record are kept.
@@ -122,7 +125,7 @@ def _train(
             record = read_record(path)
             return record, trained(record, checkpoints).to(place)
         model = study.network(plan, tasks.classes)
-        similarity = SimilarityRecorder(plan.recipe.dense_epochs, per_epoch=20)
+        similarity = SimilarityRecorder(plan.recipe.dense_epochs, per_epoch=SNAPSHOTS)
         watchers = study.watchers(plan, tasks)
         title = f"{plan.recipe.name} ({plan.profile}, seed {plan.seed})"
         history = fit(

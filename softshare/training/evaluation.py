@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from ..sharing import mixed_once
 from .devices import autocast, device_of, outputs_of, parameter_dtype, pick_precision
@@ -50,6 +49,16 @@ def with_reestimated_statistics(
         inputs = inputs.double() if dtype is torch.float64 else inputs
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
+            norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.reset_running_stats()
+            model.train()
             with autocast(device, dtype), torch.no_grad(), mixed_once(model):
-                update_bn((some.to(device) for some in inputs.split(batch)), model)
+                for number, some in enumerate(inputs.split(batch) if norms else (), start=1):
+                    for norm in norms:  # a running mean; PyTorch's own would make the host read a counter in each layer
+                        norm.momentum = 1.0 / number
+                    model(some.to(device))
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     return model.eval()

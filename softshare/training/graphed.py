@@ -1,4 +1,4 @@
-"""The captured step: a whole training step as one CUDA graph, trusted only after a check against eager steps.
+"""The captured step: a whole training step as one CUDA graph; the first capture for a task is checked against eager steps.
 
 Python takes 20 to 30 microseconds per kernel that it launches (H100 machine, torch 2.11), so a small network waits for
 Python most of the time. A CUDA graph records the kernels of a step once, and a replay launches them all. It repeats exactly
@@ -9,13 +9,16 @@ where they are: the indices of the batch, the rate, the slot for the loss. Rando
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
 import operator
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +28,10 @@ from .step import Stepper
 from .tasks import Task
 
 WORTH_CAPTURING = 200
-"""Steps of a run from which on capturing, which takes about as long as twenty steps, is worth it unasked."""
+"""Unless asked, steps are captured only in runs of at least this many; capturing takes about as long as twenty steps."""
 
 WORTH_COMPILING = 1000
-"""The same for compiling steps that are not captured."""
+"""The same threshold for compiling steps that are not captured."""
 
 COMPILING_SECONDS, COMPILED_GAIN = 40.0, 0.15
 """When to compile a captured step unasked. torch.compile took 17 to 34 s (H100 machine, torch 2.11); the share of a captured
@@ -38,6 +41,7 @@ CHECKED = 5
 """Steps that are compared before a capture is trusted."""
 _WARM_UP = 3
 _ROUNDING = 1e-4
+_PLAIN = (bool, int, float, str, enum.Enum)
 _OF_A_TASK = ("prepare", "batch", "batches", "loss")
 
 Body = Callable[[], None]
@@ -46,36 +50,60 @@ Capture = Callable[[Body, Sequence[Tensor]], Body]
 
 
 class CaptureFailed(RuntimeError):
-    """A step could not be captured, or its replays compute something else."""
+    """A step could not be captured, or its replays give different results."""
 
 
 def cuda_graph(body: Body, fixed: Sequence[Tensor]) -> Body:
-    """Capture a step that runs on CUDA. It is run a few times first: cuDNN searches for its kernels, memory is allocated."""
+    """Capture a step that runs on CUDA. It is first run a few times, so that cuDNN can choose its kernels and memory is
+    allocated.
+
+    A capture that breaks off would leave PyTorch's allocator, stream and generator in disorder. So the step runs once more
+    before that in a mode in which PyTorch refuses what makes Python wait for the GPU, and what a failure leaves is cleared.
+    """
     device = fixed[0].device
-    stream = torch.cuda.Stream(device)
+    stream, pool, graph = torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(
+        stream
+    ):  # restores the current stream, which torch.cuda.graph does not if a capture breaks off
         for _ in range(_WARM_UP):
             body()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
+        with _no_waiting():
             body()
-    except Exception:
-        # A capture that breaks off leaves the generator as if it were still being captured; so it gets a new state.
-        generator = torch.cuda.default_generators[device.index or 0]
-        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
-        raise
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                body()
+        except Exception as error:
+            with contextlib.suppress(Exception):  # PyTorch before 2.12 leaves its allocator capturing (pytorch#180395)
+                torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+            generator = torch.cuda.default_generators[device.index or 0]
+            generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+            # The first error says why; the end of the broken capture raises another.
+            raise (error.__context__ or error) from None
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
 
 
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise an error where Python would wait for the GPU, as far as PyTorch notices."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the mode itself, which is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class State:
-    """Everything that a step changes: kept as it is now, put back in place, and compared.
+    """Everything that a step changes: saved now, to be restored in place and compared later.
 
     Args:
         tensors: by name, where steps read and write them.
-        device: whose random numbers steps draw.
+        device: the device whose generator the steps use. Those of the CPU, of Python and of numpy are saved as well: a step
+            that draws from them cannot be captured, which the comparison shows only if eager runs draw the same.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -86,30 +114,40 @@ class State:
         """Copies of all tensors."""
         return [tensor.detach().clone() for tensor in self.tensors.values()]
 
-    def _random(self) -> Tensor:
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+    def _random(self) -> tuple[Any, ...]:
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return on_device, torch.get_rng_state(), random.getstate(), np.random.get_state()
 
     def restore(self) -> None:
         """Put back what was there at first, random numbers included."""
         with torch.no_grad():
             for tensor, start in zip(self.tensors.values(), self.start, strict=True):
                 tensor.copy_(start)
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.random, self.device)
-        else:
-            torch.set_rng_state(self.random)
+        on_device, on_cpu, of_python, of_numpy = self.random
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self.device)
+        torch.set_rng_state(on_cpu)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
     def difference(self, first: Sequence[Tensor], second: Sequence[Tensor], replayed: Sequence[Tensor]) -> str:
-        """Where replayed steps differ from eager ones by more than three times what two eager runs differ; "" if nowhere.
+        """Where replayed steps differ from eager ones by more than three times the difference between two eager runs (plus
+        rounding); "" if nowhere.
 
-        For each tensor, the distance (Euclidean) must be at most three times that of the eager runs, plus a ten-thousandth
-        of what the steps changed, since on many machines eager runs are equal to the bit.
+        For each tensor, the distance (Euclidean) must be at most three times that of the eager runs. Where a tensor has few
+        entries, that of two runs may be small by chance, so the eager runs' distance over all tensors, relative to what the
+        steps changed, counts too. On many machines eager runs are equal to the bit, so a ten-thousandth of what the steps
+        changed is allowed in any case. What the steps leave alone must be left alone.
         """
-        rows = zip(self.tensors, self.start, first, second, replayed, strict=True)
-        for name, *values in rows:
+        rows = []
+        for name, *values in zip(self.tensors, self.start, first, second, replayed, strict=True):
             start, one, two, other = (value.double() for value in values)
-            moved, noise, off = (torch.linalg.vector_norm(each - one).item() for each in (start, two, other))
-            if not off <= 3 * noise + _ROUNDING * moved:
+            rows.append((name, *(torch.linalg.vector_norm(each - one).item() for each in (start, two, other))))
+        relative = math.hypot(*(noise for *_, noise, _ in rows)) / (
+            math.hypot(*(moved for _, moved, *_ in rows)) or 1.0
+        )
+        for name, moved, noise, off in rows:
+            if not off <= 3 * max(noise, relative * moved) + _ROUNDING * moved:
                 return f"{name} is off by {off:.3g}, two eager runs by {noise:.3g}, of a change of {moved:.3g}"
         return ""
 
@@ -145,6 +183,9 @@ class CapturedStep:
         self.next = -1  # the same, as far as Python knows; -1: unknown
         self.state = {**state, "losses": losses, "place of the next loss": self.place}
         self.fixed = [self.indices, *self.state.values(), *fixed]
+        self.memory = [
+            tensor.detach() for tensor in self.fixed
+        ]  # stays, even if a callback gives a parameter other memory
         self.seconds = 0.0
 
     def __call__(self, indices: Tensor, place: int) -> None:
@@ -166,7 +207,7 @@ class CapturedStep:
     def prepare(self, batches: Sequence[Tensor], check: bool) -> CapturedStep:
         """Capture the step and, with `check`, compare `CHECKED` steps with two eager runs from the same state; returns self.
 
-        `batches` are the indices of full batches. State and random numbers are left as they were before.
+        `batches` are the indices of full batches. State and random numbers are left as they were.
 
         Raises CaptureFailed, a RuntimeError, with the reason.
         """
@@ -184,22 +225,24 @@ class CapturedStep:
             state.restore()
             self.next = -1
         if check and (difference := state.difference(*runs)):
-            raise CaptureFailed(f"replayed steps compute something else than eager ones: {difference}")
+            raise CaptureFailed(f"replayed steps do not match eager ones: {difference}")
         return self
 
     def _checked_run(self, state: State, body: Body, batches: Sequence[Tensor]) -> list[Tensor]:
         state.restore()
         self.next = -1
-        started = time.perf_counter()
+        started = 0.0
         for number in range(CHECKED):
             self._run(body, batches[number % len(batches)], number % len(self.losses))
-        self.losses.tolist()  # waits for the device
-        self.seconds = (time.perf_counter() - started) / CHECKED
+            if number in (0, CHECKED - 1):
+                self.losses.tolist()  # waits for the device
+                started, before = time.perf_counter(), started
+        self.seconds = (started - before) / (CHECKED - 1)  # without the first, which is slower
         return state.now()
 
 
 class Steps:
-    """All steps of a training run: replayed where that is possible and has been checked, one by one elsewhere.
+    """All steps of a training run: replayed where that is possible and has been checked, one by one otherwise.
 
     Attributes:
         stepper: makes single steps.
@@ -232,7 +275,7 @@ class Steps:
         elif dtype is torch.float16:
             reason = "the gradient scaler of float16 reads numbers from the GPU"
         elif not tells_what_it_reads(task.at(1)):
-            reason = f"{type(task.at(1)).__name__} does not tell which tensors its batches are made from"
+            reason = f"{type(task.at(1)).__name__} does not say which tensors its batches are made from"
         elif not asked and self.left < WORTH_CAPTURING:
             return "the run is too short"
         if asked and reason:
@@ -242,6 +285,12 @@ class Steps:
     def _failed(self, reason: str) -> None:
         self.captures, self.captured = False, "failed, so it ran without"
         warnings.warn(f"steps are not captured in a CUDA graph ({reason}); training runs them one by one", stacklevel=2)
+
+    def close(self) -> None:
+        """Give back the memory of a captured step, in which its last gradients lie, too."""
+        if self.replayed:
+            self.replayed = None
+            self.stepper.model.zero_grad(set_to_none=True)
 
     def epoch(
         self, task: Task, parts: Sequence[Tensor], weights: Sequence[float], epoch: int, losses: Tensor
@@ -273,21 +322,18 @@ class Steps:
     ) -> CapturedStep | None:
         """The captured step for an epoch, captured again if anything that the last capture took from Python has changed."""
         full = [indices for indices in parts if len(indices) == self.stepper.full]
-        if not full:
+        late = self.captured is False and self.settings.capture is None and self.left < WORTH_CAPTURING  # a resumed run
+        if late or not full:
             return None
         parameters = dict(self.stepper.model.named_parameters()) | dict(self.stepper.model.named_buffers())
         state = parameters | filled(self.stepper.optimizer)
-        made_for = (task, losses, *fixed), (*map(id, state.values()), *python_state(self.stepper.model))
-        if self.replayed:
-            (objects, rest), step = self.replayed
-            if (
-                len(objects) == len(made_for[0])
-                and all(map(operator.is_, objects, made_for[0]))
-                and rest == made_for[1]
-            ):
-                return step
+        watched = python_state(self.stepper.model)
+        places = [(id(each), each.data_ptr(), each.stride()) for each in (*state.values(), *fixed)]
+        made_for = (task, losses, *fixed), (*places, *watched)
+        if self.replayed and same(self.replayed[0], made_for):
+            return self.replayed[1]
         new = not self.replayed or self.replayed[0][0][0] is not task
-        self.replayed = None  # frees its memory
+        self.replayed = None  # frees its memory before more is taken
 
         def step_on(indices: Tensor) -> Tensor:
             return self.stepper(*task.batch(indices, self.settings.seed, epoch))
@@ -296,7 +342,10 @@ class Steps:
             assert self.stepper.rate is not None
             rest = [*fixed, self.stepper.rate]
             step = CapturedStep(step_on, self.stepper.full, state, rest, losses, self.capture)
-            return step.prepare(full[:CHECKED], new)
+            step.prepare(full[:CHECKED], new)
+            if python_state(self.stepper.model) != watched:
+                raise CaptureFailed("a step changes the model's state in Python, which replays would not")
+            return step
 
         try:
             step = captured()
@@ -305,6 +354,8 @@ class Steps:
                     step = self._compiled(step, captured)
         except CaptureFailed as error:
             self._failed(str(error))
+            if self.settings.compile is None and self.stepper.outcome is False and self.left >= WORTH_COMPILING:
+                self.stepper.wanted, self.stepper.module = True, None  # as if capturing had never been tried
             return None
         self.captured, self.replayed = True, (made_for, step)
         return step
@@ -320,8 +371,14 @@ class Steps:
         return captured()
 
 
+def same(first: tuple[Sequence[Any], Sequence[Any]], second: tuple[Sequence[Any], Sequence[Any]]) -> bool:
+    """Whether the objects of both pairs are the same ones, and what comes with them is equal."""
+    (objects, rest), (others, other_rest) = first, second
+    return len(objects) == len(others) and all(map(operator.is_, objects, others)) and rest == other_rest
+
+
 def tells_what_it_reads(task: Task) -> bool:
-    """Whether the class that prepares a task's epochs is also the last to say how batches and losses are made."""
+    """Whether `prepare` is defined by the same class as `batch`, `batches` and `loss`, or by a more derived one."""
     order = type(task).__mro__
     first = {name: next(place for place, each in enumerate(order) if name in vars(each)) for name in _OF_A_TASK}
     return first["prepare"] <= min(first.values())
@@ -330,7 +387,8 @@ def tells_what_it_reads(task: Task) -> bool:
 def filled(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Make the tensors that SGD with momentum or Adam would make at their first step; returns all of them by name.
 
-    A captured step cannot make them, since each replay would make them again. From zeros the first step is the same.
+    A captured step cannot make them, since each replay would make them again. Starting from zeros leaves the first step
+    unchanged.
     """
     adam = isinstance(optimizer, torch.optim.Adam)
     found: dict[str, Tensor] = {}
@@ -349,15 +407,20 @@ def filled(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def python_state(model: nn.Module) -> tuple[Any, ...]:
-    """What a capture of a model's step has taken from Python: if it has changed, the step must be captured again.
+    """The part of a model's state in Python that is watched: if it changes, the step is captured again.
 
-    Numbers, texts and hooks of all modules, and which tensors are parameters and buffers, learning or frozen. A callback may
-    change any of them from epoch to epoch.
+    Numbers, strings, tuples of them, and hooks of all modules, and which tensors are parameters and buffers, trainable or
+    frozen. A callback may change any of them from epoch to epoch. Lists and other objects are not watched, and hooks run
+    only while a step is captured or checked.
     """
     found: list[Any] = []
     for name, module in model.named_modules():
-        plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))]
-        hooks = (*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks)
-        found.append((name, type(module), *plain, hooks))
+        plain = [(key, value) for key, value in vars(module).items() if _is_plain(value)]
+        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        found.append((name, type(module), *plain, *(tuple(hooks) for hooks in kinds)))
     found += [(id(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return (*found, *map(id, model.buffers()))
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)

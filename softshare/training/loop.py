@@ -112,6 +112,7 @@ def fit(
             return run.train()
         finally:
             run.display.close()
+            run.run.close()
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
@@ -216,6 +217,7 @@ class _Run:
 
     def train(self) -> History:
         resumed = self._resume()
+        self.run.left -= self.total_steps
         distributed.agree("the epoch and step to resume at", self.epoch, self.step)
         if not resumed:
             self._call(0)

@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, schedule: Schedule, rate: Tensor | None = N
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=given, momentum=0.9, nesterov=schedule.nesterov, **how)
     optimizer = torch.optim.Adam(groups, lr=given, capturable=rate is not None and rate.is_cuda, **how)
-    # A captured step is compared with steps that are not captured; PyTorch would warn of those.
+    # A captured step is compared with steps that are not captured; PyTorch would warn about those.
     optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
     return optimizer
 

@@ -24,7 +24,7 @@ def test_entries_are_ordered_by_value():
     assert entries[0].jobs == () and [len(entry.jobs) for entry in entries[1:8]] == [10, 2, 10, 10, 40, 1, 10]
     for entry, first in ((entries[1], 10), (entries[3], 15)):
         assert entry.jobs == tuple(Job(name, seed) for seed in range(first, first + 5) for name in ("CNN", "SCNN"))
-    deep = Job("SWRN 40-8-8", 0, "short")
+    deep = Job("SWRN 40-8-8", 1, "short")
     assert entries[2].jobs == (deep, deep._replace(folds=True))
     for entry, width, seeds in ((entries[5], 2, 8), (entries[8], 6, 3), (entries[9], 10, 1)):
         for seed in range(seeds):
@@ -59,6 +59,13 @@ def images(monkeypatch):
     )
 
 
+def write_done(job, runs):
+    plan = make_plan(job.recipe, job.profile, job.seed)
+    if not job.folds:
+        data = {"fingerprint": study_of(plan).fingerprint(plan, job.data)}
+        write_record(study_of(plan).identity(plan, data["fingerprint"]), {}, data=data, runs=runs)
+
+
 @pytest.fixture
 def clock(monkeypatch, images):
     """A list whose jobs take as long as they are expected to, on a GPU; yields what was done, with its limit."""
@@ -66,14 +73,17 @@ def clock(monkeypatch, images):
     monkeypatch.setattr(gpu_list.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu_list, "_hardware", lambda places: "H")
 
-    def done(command, limit):
+    def done(command, limit, next_time):
         if command[3] == "bench":
             return "done after 1 s"
         job = Job(command[4], int(command[6]), command[8], folds=command[3] == "fold")
         needs = gpu_list.still_needs(job, Places("cuda", command[12], command[14]), None)
         now[0] += min(needs, limit)
         calls.append((job, limit))
-        return "done after 1 s" if needs <= limit else "stopped at its limit"
+        if needs > limit:
+            return f"stopped at its limit; {next_time}"
+        write_done(job, command[12])
+        return "done after 1 s"
 
     monkeypatch.setattr(gpu_list, "done", done)
     return calls
@@ -86,32 +96,112 @@ def worked(clock, monkeypatch, tmp_path, minutes, carry, *jobs):
 
 
 def test_what_fits_is_done_and_what_can_go_on_is_begun(clock, monkeypatch, tmp_path):
-    """In a quarter of an hour: a run of hours with large checkpoints is skipped, one with small checkpoints is begun."""
-    small, large, short = Job("SCNN 100 layers", 10), Job("SWRN 28-10-2*", 0), Job("CNN", 10)
-    monkeypatch.setattr(gpu_list.costs, "LAUNCH_SECONDS", 1e-3)
-    assert worked(clock, monkeypatch, tmp_path, 15, 12.0, large, small, short) == [small]
-    assert clock[0][1] <= 15 * 60, "under the time left"
+    """In half an hour: a run of hours with large checkpoints is skipped, one with small checkpoints is begun."""
+    small, large, short = Job("SCNN", 10), Job("SWRN 28-10-2*", 0), Job("CNN", 10)
+    monkeypatch.setattr(gpu_list.costs, "LAUNCH_SECONDS", 1e-2)
+    assert worked(clock, monkeypatch, tmp_path / "a", 30, 12.0, large, small) == [small]
+    assert clock[0][1] <= 30 * 60, "under the time left"
     clock.clear()
-    assert worked(clock, monkeypatch, tmp_path, 15, 12.0, large, short, small) == [short, small]
-    clock.clear()
-    assert worked(clock, monkeypatch, tmp_path, 15, math.inf, large, small, short) == [large], "where checkpoints stay"
+    assert worked(clock, monkeypatch, tmp_path / "b", 30, math.inf, large, small, short) == [large], (
+        "where checkpoints stay"
+    )
+
+
+def test_a_checkpoint_grows_with_its_snapshots():
+    """100 layers with 100 templates each: snapshots of their coefficients weigh as much as weights and optimizer."""
+    plan = make_plan("SCNN 100 layers", "paper", 10)
+    snapshots = 1 + 250 + 2 * 19
+    weights = 3 * 4 * models.parameters("SCNN 100 layers")
+    assert gpu_list.costs.checkpoint_bytes(plan) == pytest.approx(weights + 4 * snapshots * 100 * 100, rel=0.01)
+    for name in ("CNN", "SCNN", "SCNN-5"):
+        assert gpu_list.costs.checkpoint_bytes(make_plan(name, "paper", 10)) < 12e6, "these can be carried"
+
+
+def test_jobs_that_were_stopped_get_a_second_turn(clock, monkeypatch, tmp_path):
+    """A run that takes three times as long as expected is stopped at its limit; the others come first, then it again."""
+    one, other = Job("SCNN", 10), Job("CNN", 10)
+    real, asked = gpu_list.still_needs, []
+
+    def slow(job, places, speed):
+        asked.append(job)
+        return real(job, places, speed) * (5 if job == one and len(asked) == 2 else 1)  # asked by `done`
+
+    monkeypatch.setattr(gpu_list, "still_needs", slow)
+    assert worked(clock, monkeypatch, tmp_path, 6000, 12.0, one, other) == [one, other, one]
+
+
+def test_a_run_that_cannot_go_on_elsewhere_may_take_all_the_time(clock, monkeypatch, tmp_path):
+    deep = Job("SWRN 40-8-8", 1, "short")
+    needs = gpu_list.still_needs(deep, Places("cuda", tmp_path, tmp_path), None)
+    assert worked(clock, monkeypatch, tmp_path, 1.2 * needs / 60, 12.0, deep) == []
+    assert worked(clock, monkeypatch, tmp_path, 10 * needs / 60, 12.0, deep) == [deep]
+    assert clock[0][1] == pytest.approx(10 * needs)
+
+
+def test_damaged_records_and_folds_of_other_weights_do_not_count(tmp_path, images):
+    places, job = Places(runs=tmp_path), Job("SWRN 40-8-8", 1, "short")
+    write_done(job, tmp_path)
+    assert gpu_list.recorded(job, places) and not gpu_list.recorded(job._replace(folds=True), places)
+    (path,) = tmp_path.glob("*.json")
+    record = gpu_list.read_record(path)
+    for facts, counts in (
+        ({"record folded": gpu_list.files.file_checksum(path)}, True),
+        ({"record folded": "0"}, False),
+    ):
+        write_record(gpu_list.folding.fold_identity(record), {}, data=record.data, execution=facts, runs=tmp_path)
+        assert gpu_list.recorded(job._replace(folds=True), places) is counts
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(ValueError, match=f"is not a record.*; move {path.name} away"):
+        gpu_list.recorded(job, places)
+
+
+def test_a_benchmark_counts_for_its_hardware_and_for_steps_as_they_are_now(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(gpu_list, "_hardware", lambda places: "NVIDIA X")
+    place = gpu_list._benchmark_output(Places("cuda", tmp_path))
+    assert place == tmp_path / "benchmarks" / "nvidia-x.json"
+    for steps, quick in (({}, False), ({"captured": True}, True), ({"captured": True}, False)):
+        record = {"steps": {"batch": 10, "seconds": {"ours": [2.0]}} | steps, "quick": quick}
+        record |= {"ceiling": {"multiply-adds an image": 7.0}}
+        monkeypatch.setattr(gpu_list, "load_benchmark", lambda path, record=record: record)
+        monkeypatch.setattr(gpu_list.costs, "load_benchmark", lambda path, record=record: record)
+        found.append((gpu_list._is_full_benchmark(place), gpu_list.costs.measured_speed(place)))
+    speed = gpu_list.costs.Speed
+    assert found == [(False, speed(105.0)), (False, None), (True, speed(105.0, True))]
+
+
+def test_data_are_looked_at_once_per_list(tmp_path, monkeypatch):
+    looked = []
+
+    def fingerprint(plan, data=None, download=False):
+        looked.append(data)
+        return "x"
+
+    monkeypatch.setattr(STUDIES["cifar"], "fingerprint", fingerprint)
+    places = Places("cpu", tmp_path, tmp_path)
+    for seed in (0, 0, 1):
+        job = Job("WRN 28-2 cutout", seed, "short")
+        assert not gpu_list.recorded(job, places) and gpu_list.still_needs(job, places, None) > 0
+    assert len(looked) == 2, "once per seed"
 
 
 def test_a_run_is_begun_only_if_its_folds_fit_too(clock, monkeypatch, tmp_path, capsys):
-    deep = Job("SWRN 40-8-8", 0, "short")
+    deep = Job("SWRN 40-8-8", 1, "short")
     entry = Entry("deep", (deep, deep._replace(folds=True)))
     monkeypatch.setattr(gpu_list, "entries", lambda: [entry])
     run, folds = (gpu_list.still_needs(job, Places("cuda", tmp_path, tmp_path), None) for job in entry.jobs)
     for spare, begun in ((-1, []), (1, [deep])):
-        gpu_list.run_list((run + folds + spare) / 60, Places("cuda", tmp_path, tmp_path, 12.0))
+        gpu_list.run_list(
+            (gpu_list.MARGIN * (run + folds) + spare) / 60, Places("cuda", tmp_path / "r", tmp_path, 12.0)
+        )
         assert [job for job, _ in clock] == begun
-    assert "skipped: its network is not trained yet" in capsys.readouterr().out
+    assert "skipped: the weights of its network are not here" in capsys.readouterr().out
 
 
 def test_each_job_has_a_limit_of_its_own(clock, monkeypatch, tmp_path):
     worked(clock, monkeypatch, tmp_path, 600, 12.0, Job("CNN", 10))
     ((job, limit),) = clock
-    assert limit == pytest.approx(120 + 2 * gpu_list.still_needs(job, Places("cuda", tmp_path, tmp_path), None))
+    assert limit == pytest.approx(120 + 2 * gpu_list.still_needs(job, Places("cuda", tmp_path / "x", tmp_path), None))
 
 
 def test_time_already_covered_by_a_checkpoint_is_not_needed_again(tmp_path, images):
@@ -208,7 +298,10 @@ def test_the_folders_of_a_list_may_be_in_the_home_folder(monkeypatch, tmp_path):
     places = Places(runs="~/r", checkpoints="~/c")
     command = places.command(Job("CNN", 0))
     assert str(tmp_path / "r") in command and str(tmp_path / "c") in command
-    assert gpu_list._benchmark_output(places) == tmp_path / "r" / "benchmarks" / "benchmark.json"
+    assert (
+        gpu_list._benchmark_output(places)
+        == tmp_path / "r" / "benchmarks" / gpu_list.default_output(processor_name()).name
+    )
 
 
 def test_the_command_of_a_run(tmp_path, monkeypatch):
@@ -219,7 +312,7 @@ def test_the_command_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_list.sys, "executable", str(program))
     jobs = [Job("WRN 28-10*", 2, data="cifar100"), Job("CNN", 0, "short"), Job("SWRN 40-8-8", 1, "short", folds=True)]
     for places in (Places("cuda", "r", "c"), Places(runs="r", checkpoints="c", rehearse=True)):
-        assert all(gpu_list.done(places.command(job), 60.0).startswith("done after") for job in jobs)
+        assert all(gpu_list.done(places.command(job), 60.0, "").startswith("done after") for job in jobs)
     calls = (tmp_path / "calls").read_text().splitlines()
     where = "--device cuda --runs r --checkpoints c"
     assert calls[0] == f"-m softshare run WRN 28-10* --seed 2 --profile paper {where} --data cifar100"
@@ -279,21 +372,23 @@ def test_a_mistyped_folder_is_reported_and_other_runs_continue(tmp_path, monkeyp
     assert gpu_list.run_list(6, Places(runs=tmp_path, checkpoints=tmp_path / "c", rehearse=True)) == 1
     output = capsys.readouterr().out
     assert (
-        "WRN 28-6, paper, seed 0: failed: " in output
+        "WRN 28-6, paper, seed 0 (rehearsal): failed: " in output
         and "mistyped" in output
-        and "CNN, paper, seed 0: done after" in output
+        and "CNN, paper, seed 0 (rehearsal): done after" in output
     )
 
 
 def test_a_failed_run_is_reported_with_its_status(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTSHARE_DATA", str(tmp_path / "mistyped"))
-    outcome = gpu_list.done(Places(runs=tmp_path, checkpoints=tmp_path).command(Job("WRN 28-6", 0)), 60.0)
+    outcome = gpu_list.done(Places(runs=tmp_path, checkpoints=tmp_path).command(Job("WRN 28-6", 0)), 60.0, "")
     assert outcome.startswith("failed with status 1 after")
 
 
 def test_a_run_over_its_limit_is_stopped(tmp_path):
     started = time.monotonic()
-    outcome = gpu_list.done(Places(runs=tmp_path, checkpoints=tmp_path).command(Job("CNN", 0)), 2.0)
+    outcome = gpu_list.done(
+        Places(runs=tmp_path, checkpoints=tmp_path).command(Job("CNN", 0)), 2.0, "the same command goes on"
+    )
     assert time.monotonic() - started < 10
     assert outcome == "stopped at its limit of 2 s; the same command goes on"
 
@@ -315,8 +410,9 @@ def test_a_rehearsal_executes_every_step_and_a_second_one_finds_all_records(tmp_
     found = find_records(tmp_path / "runs")
     wanted = {f"fold of {job.recipe}" * job.folds or job.recipe for entry in gpu_list.entries() for job in entry.jobs}
     assert {record.recipe for record in found} == wanted and len(found) == len(wanted), "each recipe once"
-    assert json.loads((tmp_path / "runs" / "benchmarks" / "benchmark.json").read_text())["quick"] is True
+    (benchmark,) = (tmp_path / "runs" / "benchmarks").glob("*.json")
+    assert json.loads(benchmark.read_text())["quick"] is True
     before = {record.path: record.path.stat().st_mtime_ns for record in found}
     second = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert second.returncode == 0 and "has its record" in second.stdout and "skipped" not in second.stdout
+    assert second.returncode == 0 and "already recorded" in second.stdout and "skipped" not in second.stdout
     assert before == {path: path.stat().st_mtime_ns for path in before}

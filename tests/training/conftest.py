@@ -44,9 +44,9 @@ class HostRead(RuntimeError):
 class Tape(TorchDispatchMode):
     """Stands in for a CUDA graph on a CPU: it records the operations of a step and repeats exactly those.
 
-    As with a graph, a replay takes nothing from Python: numbers are those of the recording, tensors are the same memory. It
-    is as strict: while it records, host reads are errors, and so is reading memory that neither is fixed nor was made by an
-    earlier operation of the step, since it might be freed or replaced before a replay.
+    As with a graph, a replay takes nothing from Python: numbers are those of the recording, tensors are the same memory.
+    While it records, host reads are errors, and so is reading memory that neither is fixed nor was made by an earlier
+    operation of the step, since it might be freed or replaced before a replay. Streams and memory pools it knows nothing of.
     """
 
     HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")

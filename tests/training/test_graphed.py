@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import random
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softshare import images, models
 from softshare.models.searched import set_progress
@@ -196,7 +203,7 @@ def test_a_capture_that_misses_something_is_refused(task, monkeypatch, missed):
 
     monkeypatch.setattr(graphed.CapturedStep, "__init__", noting)
     monkeypatch.setattr(graphed.Steps, "capture", staticmethod(capture))
-    with pytest.warns(UserWarning, match="not captured .*something else than eager ones: .* is off by") as caught:
+    with pytest.warns(UserWarning, match="not captured .*do not match eager ones: .* is off by") as caught:
         found, losses, facts = trained(task)
     assert len([each for each in caught if "not captured" in str(each.message)]) == 1
     assert facts["captured"] == "failed, so it ran without"
@@ -225,7 +232,7 @@ FORBIDDEN = {
     "a list": lambda loss: loss + 0 * loss.detach().view(1).tolist()[0],
     "nonzero": lambda loss: loss + 0 * loss.detach().view(1).nonzero().sum(),
     "memory from outside": lambda loss: loss * OUTSIDE,
-    "a constant": lambda loss: loss * torch.tensor(2.0),
+    "a constant": lambda loss: loss * torch.tensor([2.0], device=loss.device).sum(),
 }
 
 
@@ -273,7 +280,7 @@ def test_tasks_that_do_not_tell_what_they_read_are_not_captured(digits, tapes):
             return 2 * super().loss(outputs, targets)
 
     for kind in (Noisy, Weighted):
-        with pytest.warns(UserWarning, match=f"{kind.__name__} does not tell which tensors"):
+        with pytest.warns(UserWarning, match=f"{kind.__name__} does not say which tensors"):
             _, _, facts = trained(kind(*digits))
         assert facts["captured"] == "failed, so it ran without" and not tapes
     assert graphed.tells_what_it_reads(Reading(*digits)) and graphed.tells_what_it_reads(Classification(*digits))
@@ -292,6 +299,104 @@ def test_capture_is_refused_with_a_reason_and_not_tried_unasked(task, monkeypatc
     monkeypatch.setattr(graphed, "WORTH_CAPTURING", 12)
     _, _, facts = trained(task, capture=None)
     assert facts["captured"] is True and len(tapes) == 1
+
+
+class Counting(nn.Sequential):
+    """A network that does something else in each call."""
+
+    calls = 0
+    how = ""
+
+    def forward(self, inputs):
+        if self.how == "counter":
+            self.calls += 1
+        drawn = {
+            "counter": self.calls,
+            "python": random.random(),
+            "numpy": np.random.rand(),
+            "torch": torch.rand((), device="cpu"),
+        }
+        return super().forward(inputs) * float(drawn[self.how])
+
+
+@pytest.mark.parametrize("how", ["counter", "python", "numpy", "torch"])
+def test_what_python_draws_or_counts_is_no_capture(digits, device, monkeypatch, how):
+    """Two eager runs draw the same, so a replay that repeats one draw forever is seen to differ."""
+    monkeypatch.setattr(Counting, "how", how)
+    reason = (
+        "changes the model's state in Python|do not match" if how == "counter" else "do not match|HostRead|synchron"
+    )
+    task = Classification(*digits, images.Augmentation(*digits[0].statistics(), flip=False, pad=1))
+    with pytest.warns(UserWarning, match=reason):
+        _, _, facts = trained(task, lambda: Counting(models.wrn(16, 1)), device=device)
+    assert facts["captured"] == "failed, so it ran without"
+
+
+def test_a_parameter_with_other_memory_is_captured_again(task, device):
+    def replace(model, epoch):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    assert_captured_is_eager(task, device=device, callbacks=[replace])
+
+
+def test_a_finished_run_gives_its_memory_back(task, device, monkeypatch):
+    made, capture = [], graphed.Steps.capture
+
+    def counted(body, fixed):
+        replay = capture(body, fixed)
+        made.append(weakref.ref(getattr(replay, "__self__", replay)))
+        return replay
+
+    monkeypatch.setattr(graphed.Steps, "capture", staticmethod(counted))
+    torch.manual_seed(0)
+    net = models.swrn(16, 1)
+    callbacks = [lambda model, epoch: setattr(model, "told", epoch)]  # captured again in each epoch
+    fit(net, task, Settings(**SHARED), callbacks, progress=False, device=device)
+    gc.collect()
+    assert len(made) == 3 and all(parameter.grad is None for parameter in net.parameters())
+    if device == "cuda":  # the stand-in's tapes are kept by their fixture
+        assert not any(each() for each in made)
+
+
+def test_a_run_that_resumes_near_its_end_is_not_captured(task, tapes, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphed, "WORTH_CAPTURING", 9)
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, epoch):
+        if epoch == 2:
+            raise Stop
+
+    settings = Settings(**SHARED | {"capture": None})
+    for callback in (stop, lambda model, epoch: None):
+        torch.manual_seed(0)
+        with contextlib.suppress(Stop):
+            history = fit(
+                models.swrn(16, 1), task, settings, [callback], "cpu", progress=False, checkpoints=tmp_path,
+                checkpoint_seconds=0,
+            )  # fmt: skip
+    assert len(tapes) == 1 and history.execution["captured"] is False
+
+
+def test_reestimating_reads_nothing_from_the_device(task):
+    """PyTorch's own running mean makes the host read a counter in each layer for each batch."""
+    net, (inputs, _) = models.swrn(16, 1), task.batch(torch.arange(100), 0, 1)
+    reads = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in function._schema.name:
+                reads.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        found = with_reestimated_statistics(net, inputs, "float32", batch=30)
+    assert not reads
+    torch.optim.swa_utils.update_bn(inputs.split(30), net)
+    torch.testing.assert_close(dict(found.named_buffers()), dict(net.named_buffers()))
+    assert [norm.momentum for norm in found.modules() if isinstance(norm, nn.BatchNorm2d)][0] == 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -393,6 +498,13 @@ def test_the_difference_of_runs():
     assert state.difference(one, one, [torch.ones(4) * 1.001])
     assert state.difference(one, one, [torch.full((4,), float("nan"))])
     assert state.difference([torch.zeros(4)], [torch.zeros(4)], [torch.full((4,), 1e-30)]), "what stays must stay"
+
+
+def test_two_runs_that_agree_by_chance_in_a_single_number_refuse_nothing():
+    state = State({"w": torch.zeros(1000), "bias": torch.zeros(1)}, torch.device("cpu"))
+    one, two = [torch.ones(1000), torch.ones(1)], [torch.ones(1000) * 1.01, torch.ones(1)]
+    assert not state.difference(one, two, [torch.ones(1000) * 0.99, torch.ones(1) * 1.02])
+    assert "bias" in state.difference(one, two, [torch.ones(1000), torch.ones(1) * 1.04])
 
 
 def test_a_state_is_put_back_in_place():
