@@ -80,7 +80,7 @@ def initial_coefficients(
 
 
 class WeightSource(nn.Module):
-    """What layers draw their weights from. It records whether it was frozen directly rather than through one of its layers."""
+    """What layers draw their weights from. It records whether it was frozen directly, not through a layer."""
 
     frozen_on_purpose = False
 

@@ -117,10 +117,10 @@ class Settings(Schedule):
             runs of at least 200 steps, if one process trains, without float16's gradient scaler, on a task that allows it
             (see `softshare.training.tasks.Task.prepare`). Replays are first compared with steps that are not captured. If
             they differ, or capturing fails, a warning says why and training continues without it.
-        compile: whether to compile the model with torch.compile, which takes about half a minute (17 to 34 s on a machine with
-            an H100); None: on CUDA, for captured steps if the measured time of a step and an assumed gain of 15% say that it
-            saves more than it takes, for others in runs of at least 1,000 steps. If it fails, a warning reports it and
-            training continues without it.
+        compile: whether to compile the model with torch.compile, which takes about half a minute (17 to 34 s on a machine
+            with an H100); None: on CUDA, for captured steps if the measured time of a step and an assumed gain of 15% say
+            that it saves more than it takes, for others in runs of at least 1,000 steps. If it fails, a warning reports it
+            and training continues without it.
     """
 
     precision: str = "auto"
