@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 #: Pages that read the records written by the other chapters: they run last, and again whenever one of those has.
-READERS = ("results",)
+READERS = ("claims", "results")
 
 
 class Book:

@@ -103,9 +103,11 @@ class Converter:
         return PARSER.parse(text + "\n", self.env)
 
     def note(self, before: Token, token: Token) -> None:
-        """Keep a label until the next block, and its text if that block is a heading."""
+        """Keep a label, and its text if the next block is a heading."""
         if token.type == "myst_target":
             self.pending.append(token.content)
+            # One in front of a code cell has no text of its own; those who refer to it give one.
+            self.references.targets.setdefault(token.content, (self.page, ""))
         elif before.type == "heading_open":
             text = " ".join(self.spans(token).split())
             self.references.titles.setdefault(self.page, text)

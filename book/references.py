@@ -68,6 +68,8 @@ class References:
                 raise TwinError(f"no label {label!r}")
             return label
         page, found = self.targets[label]
+        if self.complete and not (text or found):
+            raise TwinError(f"label {label!r} stands before no heading; refer to it as `text <{label}>`")
         return (text or found) if page == here else self.page(page, text or found)
 
     def link(self, to: str, here: str, words: str) -> str:

@@ -30,7 +30,6 @@ from .studies import (
     study_of,
     tables,
     trained,
-    verdicts,
 )
 from .studies.records import record_path
 from .training import distributed
@@ -212,6 +211,8 @@ def _fold(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from .studies import verdicts  # here, since it needs scipy
+
     folder = runs_folder(arguments.runs, "paper")
     records = find_records(folder, bundled=not arguments.runs)
     places = ", ".join(sorted({str(record.path.parent) for record in records})) or folder
@@ -221,7 +222,10 @@ def _report(arguments: argparse.Namespace) -> int:
     for name, caption in captions.items():
         print(tables.as_text(tables.paper_beside_ours(name, records), caption), end="\n\n")
     print(tables.as_text(tables.others_at_the_papers_schedule(records), "Not on the poster"), end="\n\n")
-    print(tables.as_text(tables.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"), end="\n\n")
+    print(
+        tables.as_text(tables.paths_at_the_papers_schedule(records), "Grids solved exactly (share) by phase"),
+        end="\n\n",
+    )
     found = verdicts.as_rows(verdicts.verdicts(records))
     print(tables.as_text(found, "Verdicts on the poster's claims, by the rules in data/paper/claims.csv"))
     return 0

@@ -14,6 +14,7 @@ from build import Book, prepare_kernels, run_chapter
 
 import softshare
 from softshare.studies import make_plan, study_of, write_record
+from softshare.studies.verdicts import read_claims
 
 pytestmark = pytest.mark.long
 
@@ -108,6 +109,16 @@ def test_results(top, tmp_path):
     assert found["records"] == 0 and found["cells_measured"] == 0  # an empty folder fills no cell
     assert found["cells_not_run"] > 60
     assert found["largest_parameter_gap"] < 1  # the poster's numbers are rounded, some of them down
+
+
+def test_claims(top, tmp_path):
+    (record,) = run(top, "claims", tmp_path)
+    found, claims = record["metrics"], read_claims()
+    assert found["claims"] == len(claims) and found["judged"] == 0  # an empty folder judges nothing
+    assert found["follows from the definition, tested"] == sum(claim.kind == "definition" for claim in claims)
+    assert found["not run"] + found["an argument, not tested"] + found["follows from the definition, tested"] == len(
+        claims
+    )
 
 
 def test_compared(top, tmp_path):

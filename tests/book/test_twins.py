@@ -216,6 +216,7 @@ def test_links_between_twins_follow_the_configuration(project, make_chapter, for
         (":::{tip}\n```python\na\n\n\nb\n```\n:::", "> **Tip**\n>\n> ```python\n> a\n>\n>\n> b\n> ```"),
         ("````{code-block} md\n```\nx\n```\n````", "````md\n```\nx\n```\n````"),
         ("    {ref}`near`\n\n\\{ref}`near`", "    {ref}`near`\n\n\\{ref}`near`"),
+        ("Text.\n\n(spot)=\n\nText, {ref}`its words <spot>`.", "Text.\n\nText, its words."),
     ],
 )
 def test_myst_becomes_plain_markdown(convert, myst, plain):
@@ -232,6 +233,7 @@ def test_myst_becomes_plain_markdown(convert, myst, plain):
         ("{cite}`nobody`", "no entry 'nobody'"),
         ("{doc}`nowhere`", "no page 'nowhere'"),
         ("{ref}`nowhere`", "no label 'nowhere'"),
+        ("Text.\n\n(spot)=\n\nText, {ref}`spot`.", "'spot' stands before no heading"),
         ("> :::{note}\n> In.\n> :::", "left over"),
         ("- a\n\n  :::{note}\n  open\n\nb", "never closed"),
         ("```{.python}\n1\n```", "left over"),
