@@ -27,9 +27,9 @@ def _wide(network: Network, num_classes: int) -> nn.Module:
     return wrn(depth, width, num_classes, dropout)
 
 
-def _grid(network: Network, num_classes: int) -> nn.Module:
+def _grid(network: Network, num_classes: int, **options: Any) -> nn.Module:
     layers = network.depth or GRID_LAYERS
-    return gridnet(layers, network.width, (network.templates or layers) if network.shared else None)
+    return gridnet(layers, network.width, (network.templates or layers) if network.shared else None, **options)
 
 
 def _resnext(network: Network, num_classes: int) -> nn.Module:
@@ -81,7 +81,8 @@ def build(name: str | Network, num_classes: int | None = None, **options: Any) -
         name: see above; `softshare.models.names` parses it. A `Network` is used as it is.
         num_classes: by default 1,000 for ImageNet networks, else 10.
         options: for networks of architecture search: other readings of their sources (``cell="DARTS V1"``,
-            ``repeats=5``), an auxiliary head, drop-path, dropout; see `softshare.models.cell_network`.
+            ``repeats=5``), an auxiliary head, drop-path, dropout, see `softshare.models.cell_network`; for those of the
+            shortest-path task, see `softshare.models.gridnet`.
 
     Raises:
         ValueError: an unknown name (the message lists the known forms), or numbers that the network's own function rejects.
@@ -93,6 +94,6 @@ def build(name: str | Network, num_classes: int | None = None, **options: Any) -
     count("num_classes", num_classes)
     if network.family not in FAMILIES:
         raise ValueError(f"no model of family {network.family!r} is known; known: {', '.join(FAMILIES)}")
-    if options and network.family not in CELL_WIDTHS:
+    if options and network.family not in (*CELL_WIDTHS, "CNN"):
         raise TypeError(f"{network} has no options, got {', '.join(options)}")
     return FAMILIES[network.family](network, num_classes, **options)

@@ -29,6 +29,7 @@ from .. import files
 from ..speed.benchmark import default_output, load_benchmark
 from ..training.processor import interpreter, processor_name
 from . import costs, folding
+from .paths import HALF, named
 from .recipes import RECIPES, make_plan, study_of
 from .records import find_records, read_record, record_path
 from .running import checkpoints_folder
@@ -170,8 +171,12 @@ def entries() -> list[Entry]:
         Entry("similarity where nothing can be learned", (shuffled,)),
     ]
     others = ("SCNN-5", "SCNN lambda 0.001", "SCNN lambda 0.0001")
+    explored = ("SCNN lambda 0.01 per pair", "SCNN unit", "CNN gain", "SCNN shuffled")
+    readings = [named(name, each) for each in HALF[1:] for name in ("CNN", "SCNN")]
     found += [
         Entry("other curricula", (*pairs(others, range(10, 13)), Job("SCNN 100 layers", 10))),
+        Entry("curricula explored", pairs(explored, range(10, 13), "short")),
+        Entry("other readings of the curriculum", pairs(("CNN", "SCNN", *readings), (10,), "short")),
         Entry("sharing at width 6, 30 epochs, three seeds", pairs(widths(6), range(3), "short")),
         Entry("sharing at width 10, 30 epochs", pairs(widths(10), (0,), "short")),
         Entry("sharing at width 6", pairs(("SWRN 28-6-2 cutout", "WRN 28-6 cutout", "WRN 16-6 cutout"), (0,))),

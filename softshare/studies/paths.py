@@ -4,12 +4,16 @@ The curriculum of the poster's last section: CNN and SCNN learn shortest paths o
 phase. ``softshare run SCNN --profile paper --seed 0``; what it costs: ``softshare list``. The poster gives grids of
 32 x 32, the target, and 50 epochs per phase; the rest is remembered from the paper, not confirmed, and the batch size is
 ours. The plain network of a seed starts as the very function that the shared one starts as, so that a pair differs only in
-what is learned. The rules by which the two are compared stand in data/paper/claims.csv. Findings so far: see the page
-Results.
+what is learned. The rules by which the two are compared stand in data/paper/claims.csv. Findings so far: see chapter 4
+and the page Results.
+
+A finding that holds only for our reading is not the poster's, so `READINGS` are varied: a skip around each layer or none,
+the same grids in all epochs or fresh ones, the rate, and the share of obstacles, as a half-fraction of the 16 combinations.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 from ..folded import sweep
 from ..models import Network
+from ..models.grid import unit_coefficients
 from ..sharing import banks, unshare
 from ..shortest_path import PHASES, Grids, curriculum, generate, rectangle_rule, scores_beside_the_rule
 from ..similarity import in_double, layer_similarity, off_diagonal
@@ -42,6 +47,18 @@ _SIZES: dict[str, Any] = {
     "held_out": 2_000,  # of each phase, scored after every epoch
     "ends": 20_000,  # of each phase and of one beyond the last, scored when a phase ends
 }
+
+READINGS: dict[str, dict[str, Any]] = {
+    "no skip": {"skip": False},
+    "fresh grids": {"fresh": True},
+    "rate 0.003": {"rate": 0.003},
+    "obstacles 0.3": {"obstacles": 0.3},
+}
+"""What is varied: by name, what differs from our reading."""
+
+HALF = [(), *itertools.combinations(READINGS, 2), tuple(READINGS)]
+"""The half-fraction of their combinations: an even number of differences, so that each one stands in half of them, and no
+effect of one is that of another or of two others."""
 
 _CURRICULUM = "figure of the shortest-path curriculum"
 
@@ -77,6 +94,27 @@ class Paths(Study):
         for penalty in (1e-2, 1e-3, 1e-4):
             name = f"SCNN lambda {penalty:g}"
             found.append(Recipe(name, self.name, "SCNN", f"{_CURRICULUM}, regularised", penalty=penalty))
+        explored = f"explored, {_CURRICULUM}: "
+        found += [
+            # The sum over all 400 pairs outweighs a loss of 0.05.
+            Recipe(
+                "SCNN lambda 0.01 per pair", self.name, "SCNN", f"{explored}lambda for the mean", penalty=1e-2 / 20**2
+            ),
+            Recipe("SCNN unit", self.name, "SCNN", f"{explored}coefficients of length 1", reading={"unit": True}),
+            Recipe("CNN gain", self.name, "CNN", f"{explored}a learned gain per layer", reading={"gain": True}),
+            Recipe(
+                "SCNN shuffled",
+                self.name,
+                "SCNN",
+                "what similarity becomes where nothing can be learned",
+                shuffled=True,
+            ),
+        ]
+        for readings in HALF[1:]:
+            changes = {key: value for each in readings for key, value in READINGS[each].items()}
+            for network in ("CNN", "SCNN"):
+                shows = f"another reading, {_CURRICULUM}"
+                found.append(Recipe(named(network, readings), self.name, network, shows, reading=changes))
         deep = "figure of the similarity of a 100-layer network over training"
         found.append(Recipe("SCNN 100 layers", self.name, "SCNN 100 layers", deep, dense_epochs=2))
         return found
@@ -95,11 +133,13 @@ class Paths(Study):
                 "held_out": 1_000,
                 "ends": 1_000,
             }
+        sizes |= {name: recipe.reading[name] for name in ("fresh", "obstacles") if name in recipe.reading}
+        sizes |= {"shuffled": True} if recipe.shuffled else {}
         settings = Settings(
             epochs=per_phase * len(sizes["boxes"]),
             batch_size=100,
             optimizer="adam",
-            rate=0.01,
+            rate=recipe.reading.get("rate", 0.01),
             milestones=(),
             weight_decay=0.0,
             penalty=recipe.penalty_in(profile),
@@ -111,7 +151,8 @@ class Paths(Study):
             settings = replace(settings, batch_size=32, precision="float32", tf32=False, **falls)
         if profile == "gpu":
             settings = replace(settings, milestones=(0.6, 0.8), cycle=per_phase)
-        return Plan(recipe, profile, network, settings, sizes)
+        options = {name: recipe.reading[name] for name in ("skip", "gain", "unit") if name in recipe.reading}
+        return Plan(recipe, profile, network, settings, sizes, options=options)
 
     def rehearsal(self, plan: Plan) -> Plan:
         sizes = {**plan.sizes, "side": 12, "boxes": [5, 7], "train": 200, "held_out": 100, "ends": 100}
@@ -145,23 +186,28 @@ class Paths(Study):
         sizes, first = plan.sizes, 100 * plan.seed  # the seeds of training grids stay far below those of the others
         boxes = tuple(sizes["boxes"])
         drawn = curriculum(sizes["train"], boxes, sizes["side"], sizes["obstacles"], first)
-        phases = [
-            ShortestPaths(grids, grids_of(plan, sizes["held_out"], box, 2**62 + phase))
-            for phase, (box, grids) in enumerate(drawn)
-        ]
+        phases = []
+        for phase, (box, grids) in enumerate(drawn):
+            if sizes.get("shuffled"):
+                order = torch.randperm(len(grids.targets), generator=torch.Generator().manual_seed(plan.seed))
+                grids = grids._replace(targets=grids.targets[order])
+            held_out = grids_of(plan, sizes["held_out"], box, 2**62 + phase)
+            phases.append(Fresh(grids, held_out, plan, box) if sizes.get("fresh") else ShortestPaths(grids, held_out))
         task = Curriculum(phases, plan.settings.epochs // len(boxes))
         test = ShortestPaths(phases[-1].train, grids_of(plan, sizes["held_out"], boxes[-1], 2**62 + 2**32))
         facts = {"source": "shortest paths, generated", "fingerprint": self.fingerprint(plan)}
         return Tasks(task, test, facts, None)
 
-    def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[PhaseScores]:
+    def watchers(self, plan: Plan, tasks: Tasks) -> Sequence[Any]:
         assert isinstance(tasks.train, Curriculum)
         boxes = plan.sizes["boxes"]
         beyond = [*boxes, 2 * boxes[-1] - boxes[-2]]
         ends = [grids_of(plan, plan.sizes["ends"], box, 2**62 + 2**33 + place) for place, box in enumerate(beyond)]
-        return [PhaseScores(tasks.train, ends, plan.settings.precision)]
+        scores = PhaseScores(tasks.train, ends, plan.settings.precision)
+        # Lengths that have no effect would mislead folding.
+        return [lambda model, epoch: unit_coefficients(model), scores] if plan.options.get("unit") else [scores]
 
-    def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[PhaseScores]) -> dict[str, Any]:
+    def measure(self, model: nn.Module, plan: Plan, tasks: Tasks, watchers: Sequence[Any]) -> dict[str, Any]:
         """Scores before each phase and at its end, those of the rule, and those of the final network on test grids.
 
         "phase2_exact": at the end of phase 2; "before2_exact": on its grids before training on them, so with five phases
@@ -170,16 +216,21 @@ class Paths(Study):
         "fold2_0.8_layers": of the network folded at similarity 0.8 at the end of phase 2, on the 2,000 grids of that phase
         that it is scored on after every epoch. "exact", "reestimated_exact": on test grids.
         """
-        (scores,), precision = watchers, plan.settings.precision
+        scores, precision = watchers[-1], plan.settings.precision
         fresh = with_reestimated_statistics(model, self.sample(plan, tasks), precision)
         found = scores.metrics() | evaluate(model, tasks.test, precision)
         return found | {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
 
-    def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[PhaseScores]) -> list[dict[str, Any]]:
+    def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[Any]) -> list[dict[str, Any]]:
         """The history with "phase", with statistics re-estimated after each epoch "reestimated_exact" and so on, and the
         mean and largest similarity of the weights of two layers, "weights_mean" and "weights_largest"."""
-        (scores,) = watchers
+        scores = watchers[-1]
         return [{**row, **scores.row(int(row["epoch"]))} for row in history]
+
+
+def named(network: str, readings: Sequence[str]) -> str:
+    """The name of the recipe of a network with other readings."""
+    return f"{network} {' + '.join(readings)}".strip()
 
 
 def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -> Grids:
@@ -190,6 +241,34 @@ def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -
 def sample_of(task: Curriculum, phase: int) -> Tensor:
     """The training grids of a phase (from 1) on which statistics are re-estimated."""
     return task.phases[phase - 1].train.inputs[:REESTIMATED_ON].float()
+
+
+class Fresh(ShortestPaths):
+    """`ShortestPaths` with new training grids, in the same memory, in each epoch; `train` holds those of the first."""
+
+    def __init__(self, train: Grids, held_out: Grids, plan: Plan, box: int) -> None:
+        super().__init__(train, held_out)
+        self.plan, self.box = plan, box
+        self.drawn = train
+
+    def to(self, device: torch.device) -> Fresh:
+        moved = super().to(device)
+        assert isinstance(moved, Fresh)
+        moved.drawn = Grids(*(tensor.clone() for tensor in moved.train))
+        return moved
+
+    def identity(self) -> str:
+        return f"{super().identity()}, fresh"
+
+    def prepare(self, seed: int, epoch: int) -> Sequence[Tensor]:
+        """Draw the grids of an epoch (counted through all phases)."""
+        new = grids_of(self.plan, self.size, self.box, 2**61 + 1_000 * seed + epoch)
+        for mine, theirs in zip(self.drawn, new, strict=True):
+            mine.copy_(theirs)
+        return [self.drawn.inputs, self.drawn.targets]
+
+    def batch(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        return self.drawn.inputs[indices].float(), self.drawn.targets[indices].float()
 
 
 class PhaseScores:

@@ -41,7 +41,9 @@ class Recipe:
         penalty: lambda of the recurrence penalty; a mapping if it depends on the profile.
         dense_epochs: similarities are recorded 20 times per epoch for the first `dense_epochs` epochs.
         source: how those who published the network trained it; None: as the study does.
-        shuffled: whether labels of training images are shuffled, so that nothing can be learned but the images themselves.
+        shuffled: whether labels of training images, or the answers of training grids, are shuffled, so that nothing can be
+            learned but the examples themselves.
+        reading: JSON; what differs from the study's own reading of what is not known, see the study.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Recipe:
     dense_epochs: int = 0
     source: Source | None = None
     shuffled: bool = False
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     def penalty_in(self, profile: str) -> float:
         """Lambda in a profile."""

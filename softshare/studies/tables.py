@@ -149,7 +149,8 @@ def others_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, s
 
 def paths_at_the_papers_schedule(records: Sequence[Record]) -> list[dict[str, str]]:
     """The share of grids that each network solves at the end of each phase of the curriculum, and the rectangle rule's."""
-    names = [name for name, recipe in RECIPES.items() if recipe.study == "paths"]
+    paths = (recipe for recipe in RECIPES.values() if recipe.study == "paths")
+    names = [recipe.name for recipe in paths if not recipe.reading and not recipe.shuffled]
     phases = {f"phase {number}": number for number in range(1, 6)}
     data = "shortest paths, generated"
     rows = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -114,6 +116,88 @@ def test_a_pair_starts_from_the_same_function():
     assert torch.equal(plain(x), same(x)) and not torch.equal(
         plain(x), study_of(plans[0]).network(make_plan("CNN", "fast", 4)).eval()(x)
     )
+
+
+def test_other_readings_are_half_of_their_combinations():
+    """Every reading stands in half of the settings, and so does every pair of them, together or with neither."""
+    signs = torch.tensor([[1.0 if name in each else -1.0 for name in paths.READINGS] for each in paths.HALF])
+    assert len(paths.HALF) == 8 == len(set(paths.HALF)) and paths.HALF[0] == ()
+    assert torch.equal(signs.T @ signs, 8 * torch.eye(4)) and torch.equal(signs.sum(0), torch.zeros(4))
+    for first, second in itertools.combinations(range(4), 2):  # no effect is that of two others
+        assert torch.equal((signs[:, first] * signs[:, second]) @ signs, torch.zeros(4))
+    for each in paths.HALF[1:]:
+        for network in ("CNN", "SCNN"):
+            plan = make_plan(paths.named(network, each), "short", 10)
+            ours = make_plan(network, "short", 10)
+            assert (plan.settings.rate == 0.003) == ("rate 0.003" in each) and ours.settings.rate == 0.01
+            assert (plan.sizes["obstacles"] == 0.3) == ("obstacles 0.3" in each) and ours.sizes["obstacles"] == 0.1
+            assert plan.sizes.get("fresh", False) == ("fresh grids" in each) and "fresh" not in ours.sizes
+            assert (plan.options == {"skip": False}) == ("no skip" in each)
+
+
+def test_a_pair_starts_from_the_same_function_in_all_readings():
+    for each in (paths.HALF[1], paths.HALF[-1]):
+        plain, shared = (
+            study_of(plan).network(plan).eval()
+            for plan in (make_plan(paths.named(name, each), "fast", 3) for name in ("CNN", "SCNN"))
+        )
+        x = torch.randn(2, 2, 12, 12)
+        torch.testing.assert_close(plain(x), shared(x))
+        assert plain.layers[0].skip is ("no skip" not in each)
+
+
+def test_fresh_grids_are_new_in_each_epoch_and_the_same_for_a_seed():
+    plan = make_plan("SCNN no skip + fresh grids", "fast", 3, rehearse=True)
+    phase, again = (study_of(plan).tasks(plan).train.to(torch.device("cpu")).phases[0] for _ in range(2))
+    indices, seen = torch.arange(20), []
+    for epoch in (1, 2):
+        (inputs, _), place = phase.prepare(3, epoch), phase.drawn.inputs.data_ptr()
+        again.prepare(3, epoch)
+        for mine, theirs in zip(phase.batch(indices, 3, epoch), again.batch(indices, 3, epoch), strict=True):
+            assert torch.equal(mine, theirs)
+        assert inputs.data_ptr() == place and torch.equal(inputs[:20].float(), phase.batch(indices, 3, epoch)[0])
+        seen.append(inputs.clone())
+    assert not torch.equal(*seen) and not torch.equal(seen[0], phase.train.inputs)
+    other = study_of(plan).tasks(plan).train.phases[1]
+    assert other.identity() != phase.identity() and "fresh" in phase.identity()
+    other = other.to(torch.device("cpu"))
+    other.prepare(3, 1)
+    assert not torch.equal(other.drawn.inputs, seen[0])
+
+
+def test_shuffled_answers_belong_to_other_grids():
+    plans = [make_plan(name, "fast", 3, rehearse=True) for name in ("SCNN", "SCNN shuffled")]
+    ours, theirs = (study_of(plan).tasks(plan).train.phases[0] for plan in plans)
+    assert torch.equal(ours.train.inputs, theirs.train.inputs) and not torch.equal(
+        ours.train.targets, theirs.train.targets
+    )
+    counts = [sorted(task.train.targets.flatten(1).sum(1).tolist()) for task in (ours, theirs)]
+    assert counts[0] == counts[1] and torch.equal(ours.held_out.targets, theirs.held_out.targets)
+
+
+def test_unit_coefficients_stay_units_and_gains_learn(tmp_path):
+    how = {"rehearse": True, "runs": tmp_path, "checkpoints": tmp_path / "c", "progress": False, "device": "cpu"}
+    record, model = train("SCNN unit", **how)
+    coefficients = softshare.banks(model)["layers"].coefficients
+    torch.testing.assert_close(coefficients.detach().norm(dim=1), torch.ones(len(coefficients)))
+    start, *_, end = record.similarity().coefficients["layers"]
+    assert (start != end).any()
+    weights = [layer.conv.weight.detach() for layer in model.layers]
+    with torch.no_grad():
+        coefficients.mul_(3.0)
+    for layer, weight in zip(model.layers, weights, strict=True):
+        torch.testing.assert_close(layer.conv.weight, weight)
+    record, model = train("CNN gain", **how)
+    assert all(layer.gain != 1 for layer in model.layers)
+    plans = [make_plan(name, "fast", rehearse=True) for name in ("CNN", "CNN gain")]
+    x = torch.randn(2, 2, 12, 12)
+    torch.testing.assert_close(*(study_of(plan).network(plan).eval()(x) for plan in plans))
+
+
+@pytest.mark.parametrize("name", ["CNN fresh grids + obstacles 0.3", "SCNN shuffled", "SCNN lambda 0.01 per pair"])
+def test_explored_recipes_train(name, tmp_path):
+    record, _ = train(name, rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c", progress=False, device="cpu")
+    assert record.recipe == name and len(record.history) == 2
 
 
 def test_statistics_are_reestimated_on_the_last_phase():
