@@ -1,0 +1,119 @@
+"""What the records of the shortest-path curriculum show: curves over seeds, structure by phase, effects of other readings.
+
+Reads records, never trains. Recipes and measurements: `softshare.studies.paths`; verdicts: `softshare.studies.verdicts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from .intervals import LEVEL
+from .measures import MEASURES, phases_of, structure_at
+from .paths import FOLDED_AT, HALF, READINGS, named
+from .records import Record
+from .tables import is_planned
+
+
+def runs_of(records: Sequence[Record], recipe: str, profile: str, seeds: int = 10) -> dict[int, Record]:
+    """The runs of a recipe's current version in a profile by seed, from seed number `seeds` on: lower ones were trials."""
+    found = [record for record in records if record.recipe == recipe and record.seed >= seeds]
+    return {record.seed: record for record in found if is_planned(record, profile)}
+
+
+def best_profile(records: Sequence[Record], recipes: Sequence[str] = ("CNN", "SCNN")) -> tuple[str, list[int]]:
+    """The profile with the most pairs, and its seeds with a run of each recipe; "paper" goes first if it has two."""
+    found = {}
+    for profile in ("paper", "short"):
+        seeds = [set(runs_of(records, recipe, profile)) for recipe in recipes]
+        found[profile] = sorted(set.intersection(*seeds))
+    return max(found.items(), key=lambda item: (min(len(item[1]), 2), item[0] == "paper"))
+
+
+def curve(record: Record, key: str) -> np.ndarray:
+    """A column of the history, one value per epoch: "reestimated_exact", "held_out_f1", "loss", ..."""
+    return np.array([row[key] for row in record.history])
+
+
+def by_phase(record: Record, name: str, key: str = "exact") -> list[float]:
+    """ "phase", "before" or "rule" scores of all phases, and for the last two also of the box beyond the last."""
+    phases = range(1, phases_of(record) + 2)
+    return [record.metrics[f"{name}{phase}_{key}"] for phase in phases if f"{name}{phase}_{key}" in record.metrics]
+
+
+def structure_rows(record: Record) -> list[dict[str, str]]:
+    """How alike layers are at the end of each phase, beside chance and by weights, and what folds at what cost."""
+    rows, phases = [], phases_of(record)
+    for phase in range(1, phases + 1):
+        found = structure_at(record, phase / phases)
+        last = next(row for row in reversed(record.history) if row["phase"] == phase)
+        row = {"end of phase": str(phase)}
+        for name, test in found.items():
+            row[name] = f"{test.observed:.2f} (chance {test.chance:.2f}, p {test.p:.2g})"
+        row["weights: mean, largest"] = f"{last['weights_mean']:.2f}, {last['weights_largest']:.2f}"
+        row["folds"] = _folds(record, phase, last["reestimated_exact"])
+        rows.append(row)
+    return rows
+
+
+def _folds(record: Record, phase: int, before: float) -> str:
+    """The highest threshold at which layers fold, and what is left; "nothing at 0.5" if there is none."""
+    layers = max(record.metrics[f"fold{phase}_{threshold:g}_layers"] for threshold in FOLDED_AT)
+    for threshold in reversed(FOLDED_AT):
+        left = record.metrics[f"fold{phase}_{threshold:g}_layers"]
+        if left < layers:
+            exact = record.metrics[f"fold{phase}_{threshold:g}_exact"]
+            return f"at {threshold:g}: {left:.0f} of {layers:.0f} layers, exact {before:.1%} to {exact:.1%}"
+    return f"nothing down to {min(FOLDED_AT):g}"
+
+
+class Effect(NamedTuple):
+    """How much a reading changes the difference between two networks.
+
+    Attributes:
+        mean: with it minus without it, in percentage points.
+        interval: at 95%, from the residuals of a model without interactions.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+
+
+def reading_effects(
+    records: Sequence[Record], measure: str, seed: int = 10, recipe: str = "SCNN", against: str = "CNN"
+) -> tuple[dict[tuple[str, ...], float], dict[str, Effect]]:
+    """The difference between two networks in each reading, and each factor's effect on it.
+
+    Returns the differences in percentage points by reading, of those that were run in profile short at that seed, and the
+    effects, which need all eight.
+    """
+    differences = {}
+    for each in HALF:
+        pair = [runs_of(records, named(name, each), "short").get(seed) for name in (recipe, against)]
+        if pair[0] and pair[1]:
+            differences[each] = MEASURES[measure](pair[0]) - MEASURES[measure](pair[1])
+    if len(differences) < len(HALF):
+        return differences, {}
+    signs = np.array([[1.0, *(1.0 if name in each else -1.0 for name in READINGS)] for each in HALF])
+    values = np.array([differences[each] for each in HALF])
+    found = signs.T @ values / len(HALF)  # the columns are orthogonal
+    freedom = len(HALF) - signs.shape[1]
+    variance = float(((values - signs @ found) ** 2).sum()) / freedom / len(HALF)
+    half = 2 * stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
+    effects = 2 * found[1:]
+    return differences, {
+        name: Effect(float(mean), (float(mean - half), float(mean + half)))
+        for name, mean in zip(READINGS, effects, strict=True)
+    }
+
+
+def cost(records: Sequence[Record]) -> Mapping[str, Any]:
+    """What runs took: their number, hours in all, and the kinds of hardware."""
+    return {
+        "runs": len(records),
+        "hours": sum(record.execution["seconds"] for record in records) / 3600,
+        "hardware": ", ".join(sorted({record.execution["hardware"] for record in records})),
+    }
