@@ -114,6 +114,7 @@ def test_a_copy_and_a_frozen_fold_remember_the_purpose():
     group(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", softshare.folding.WithinChance)
         for each in (copy.deepcopy(model), softshare.fold(model, 0.1)):
             decay_groups(each, 0.1)
     banks(model)["Linear 8x8"].requires_grad_(True)

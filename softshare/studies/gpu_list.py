@@ -292,17 +292,20 @@ _STOPPED = "stopped at its limit"
 
 def done(command: Sequence[str], limit: float, next_time: str) -> str:
     """Run a command for at most `limit` seconds; returns "done after 9 s", or how it failed or was stopped."""
-    started = time.monotonic()
-    with subprocess.Popen(command) as process:
-        try:
-            # One second at a time: Python would not see a signal that arrives just before an endless wait.
-            while (status := process.poll()) is None:
-                if time.monotonic() - started >= limit:
-                    return f"{_STOPPED} of {limit:.0f} s; {next_time}"
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(1.0, max(0.01, limit)))
-        finally:
-            process.kill()  # if this process was interrupted, too
+    started, process = time.monotonic(), None
+    try:
+        with _held_back():
+            process = subprocess.Popen(command)
+        # One second at a time: Python would not see a signal that arrives just before an endless wait.
+        while (status := process.poll()) is None:
+            if time.monotonic() - started >= limit:
+                return f"{_STOPPED} of {limit:.0f} s; {next_time}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(1.0, max(0.01, limit)))
+    finally:
+        if process:  # if this process was interrupted, too
+            process.kill()
+            process.wait()
     outcome = "done" if status == 0 else f"failed with status {status}"
     return f"{outcome} after {time.monotonic() - started:.0f} s"
 
@@ -318,6 +321,24 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C wait until the end: between a process's start and its assignment they would leave it behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda received_number, _: received.append(received_number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
 
 
 def _plan(job: Job, places: Places) -> Plan:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from softshare.studies import curriculum, find_records, make_plan, measures, paths, study_of, train, write_record
+from softshare.studies import (
+    curriculum,
+    find_records,
+    make_plan,
+    measures,
+    paths,
+    runs_folder,
+    study_of,
+    train,
+    write_record,
+)
 
 
 def write(folder, recipe, seed, level, profile="short"):
@@ -48,6 +58,14 @@ def test_pairs_are_found_and_the_papers_schedule_goes_first(tmp_path):
     assert curriculum.cost(list(curriculum.runs_of(records, "CNN", "short").values())) == {
         "runs": 2, "hours": 1.0, "hardware": "a machine",
     }  # fmt: skip
+
+
+def test_the_committed_runs_count():
+    """A change that gave their recipes another identity would make them disappear from the pages."""
+    records = [record for record in find_records(runs_folder(profile="paper")) if record.identity.study == "paths"]
+    assert len(records) >= 2
+    for record in records:
+        assert curriculum.runs_of(records, record.recipe, record.profile)[record.seed] == record
 
 
 def test_effects_of_readings_are_those_of_least_squares(tmp_path):

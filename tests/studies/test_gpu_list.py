@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -348,6 +349,22 @@ def test_sigterm_ends_the_runs_too(tmp_path):
     finally:
         process.kill()
     assert not any(Path(f"/proc/{child}").exists() for child in found)
+
+
+def test_sigterm_while_a_run_is_starting_ends_it_too(monkeypatch, tmp_path):
+    """The signal arrives after the process exists, before Python knows it."""
+    started = []
+
+    class Slow(subprocess.Popen):
+        def __init__(self, command):
+            super().__init__(command)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(gpu_list.subprocess, "Popen", Slow)
+    with pytest.raises(SystemExit), gpu_list._terminated_like_ctrl_c():
+        gpu_list.done([sys.executable, "-c", "import time; time.sleep(60)"], 60.0, "")
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_sigterm_received_by_another_thread_is_handled(tmp_path):
