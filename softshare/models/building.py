@@ -11,6 +11,7 @@ from ..arguments import count
 from .bottleneck import resnet200, swrn50, wrn50
 from .densenet import densenet, densenet264
 from .grid import gridnet
+from .looped import LoopedGridNet
 from .names import CELL_WIDTHS, GRID_LAYERS, Network
 from .resnext import resnext
 from .searched import cell_network
@@ -29,6 +30,10 @@ def _wide(network: Network, num_classes: int) -> nn.Module:
 
 def _grid(network: Network, num_classes: int, **options: Any) -> nn.Module:
     layers = network.depth or GRID_LAYERS
+    if "tied" in options:
+        if network.shared:
+            raise ValueError(f"{network} shares softly; a layer tied to all others is an option of CNN")
+        return LoopedGridNet(layers, network.width, **options)
     return gridnet(layers, network.width, (network.templates or layers) if network.shared else None, **options)
 
 
@@ -82,7 +87,7 @@ def build(name: str | Network, num_classes: int | None = None, **options: Any) -
         num_classes: by default 1,000 for ImageNet networks, else 10.
         options: for networks of architecture search: other readings of their sources (``cell="DARTS V1"``,
             ``repeats=5``), an auxiliary head, drop-path, dropout, see `softshare.models.cell_network`; for those of the
-            shortest-path task, see `softshare.models.gridnet`.
+            shortest-path task, see `softshare.models.gridnet` and, with ``tied=...``, `softshare.models.looped`.
 
     Raises:
         ValueError: an unknown name (the message lists the known forms), or numbers that the network's own function rejects.

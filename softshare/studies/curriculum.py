@@ -13,7 +13,7 @@ from scipy import stats
 
 from .intervals import LEVEL
 from .measures import MEASURES, phases_of, structure_at
-from .paths import FOLDED_AT, HALF, READINGS, named
+from .paths import FOLDED_AT, HALF, LADDER, READINGS, named
 from .records import Record
 from .tables import is_planned
 
@@ -108,6 +108,33 @@ def reading_effects(
         name: Effect(float(mean), (float(mean - half), float(mean + half)))
         for name, mean in zip(READINGS, effects, strict=True)
     }
+
+
+def ladder_rows(records: Sequence[Record], profile: str = "short") -> list[dict[str, str]]:
+    """From CNN and soft sharing to a network built to search: the three measures, means over seeds, and the seeds."""
+    rows = []
+    for name in ("CNN", "SCNN", *LADDER):
+        runs = list(runs_of(records, name, profile).values())
+        row = {"network": name, "runs": str(len(runs) or "not run")}
+        for measure in ("adaptation", "accuracy", "extrapolation"):
+            row[measure] = f"{np.mean([MEASURES[measure](run) for run in runs]):.1f}" if runs else ""
+        rows.append(row)
+    return rows
+
+
+def step_rows(records: Sequence[Record], profile: str = "short") -> list[dict[str, str]]:
+    """The exact rate (%) of looped networks after other numbers of steps than trained, by box, mean over seeds."""
+    rows = []
+    for name in LADDER:
+        runs = list(runs_of(records, name, profile).values())
+        keys = [key for key in (runs[0].metrics if runs else ()) if key.startswith("steps")]
+        for box in dict.fromkeys(key.split("_")[1] for key in keys):
+            row = {"network": name, "box": box.removeprefix("box")}
+            for key in (key for key in keys if key.split("_")[1] == box):
+                steps = key.split("_")[0].removeprefix("steps")
+                row[f"{steps} steps"] = f"{100 * np.mean([run.metrics[key] for run in runs]):.1f}"
+            rows.append(row)
+    return rows
 
 
 def cost(records: Sequence[Record]) -> Mapping[str, Any]:

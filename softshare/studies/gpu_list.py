@@ -29,7 +29,7 @@ from .. import files
 from ..speed.benchmark import default_output, load_benchmark
 from ..training.processor import interpreter, processor_name
 from . import costs, folding
-from .paths import HALF, named
+from .paths import HALF, LADDER, named
 from .recipes import RECIPES, make_plan, study_of
 from .records import find_records, read_record, record_path
 from .running import checkpoints_folder
@@ -176,6 +176,7 @@ def entries() -> list[Entry]:
     found += [
         Entry("other curricula", (*pairs(others, range(10, 13)), Job("SCNN 100 layers", 10))),
         Entry("curricula explored", pairs(explored, range(10, 13), "short")),
+        Entry("ingredients of search", pairs(tuple(LADDER), range(10, 13), "short")),
         Entry("other readings of the curriculum", pairs(("CNN", "SCNN", *readings), (10,), "short")),
         Entry("sharing at width 6, 30 epochs, three seeds", pairs(widths(6), range(3), "short")),
         Entry("sharing at width 10, 30 epochs", pairs(widths(10), (0,), "short")),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..folded import sweep
 from ..models import Network
 from ..models.grid import unit_coefficients
+from ..models.looped import LoopedGridNet
 from ..sharing import banks, unshare
 from ..shortest_path import PHASES, Grids, curriculum, generate, rectangle_rule, scores_beside_the_rule
 from ..similarity import in_double, layer_similarity, off_diagonal
@@ -56,10 +57,23 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 """What is varied: by name, what differs from our reading."""
 
+LADDER: dict[str, dict[str, Any]] = {
+    "CNN tied": {"tied": "batch"},
+    "CNN tied GroupNorm": {"tied": "group"},
+    "CNN tied GroupNorm recall": {"tied": "group", "recall": True},
+    "CNN tied GroupNorm recall random steps": {"tied": "group", "recall": True, "random_steps": True},
+}
+"""From one layer for all steps to a network built to search farther than it was trained, ingredient by ingredient; soft
+sharing is the rung below. See `softshare.models.looped`."""
+
+STEPS = (10, 20, 30, 40, 60)
+"""How many steps such a network is tested at, in multiples of the trained ones: 20 are trained."""
+
 HALF = [(), *itertools.combinations(READINGS, 2), tuple(READINGS)]
 """The half-fraction of their combinations: an even number of differences, so that each one stands in half of them, and no
 effect of one is that of another or of two others."""
 
+_OPTIONS = ("skip", "gain", "unit", "tied", "recall", "random_steps")
 _CURRICULUM = "figure of the shortest-path curriculum"
 
 
@@ -115,6 +129,8 @@ class Paths(Study):
             for network in ("CNN", "SCNN"):
                 shows = f"another reading, {_CURRICULUM}"
                 found.append(Recipe(named(network, readings), self.name, network, shows, reading=changes))
+        for name, ingredients in LADDER.items():
+            found.append(Recipe(name, self.name, "CNN", f"an ingredient, {_CURRICULUM}", reading=ingredients))
         deep = "figure of the similarity of a 100-layer network over training"
         found.append(Recipe("SCNN 100 layers", self.name, "SCNN 100 layers", deep, dense_epochs=2))
         return found
@@ -151,7 +167,7 @@ class Paths(Study):
             settings = replace(settings, batch_size=32, precision="float32", tf32=False, **falls)
         if profile == "gpu":
             settings = replace(settings, milestones=(0.6, 0.8), cycle=per_phase)
-        options = {name: recipe.reading[name] for name in ("skip", "gain", "unit") if name in recipe.reading}
+        options = {name: recipe.reading[name] for name in _OPTIONS if name in recipe.reading}
         return Plan(recipe, profile, network, settings, sizes, options=options)
 
     def rehearsal(self, plan: Plan) -> Plan:
@@ -162,7 +178,7 @@ class Paths(Study):
     @standard_defaults()
     def network(self, plan: Plan, classes: int | None = None) -> nn.Module:
         """The plain network is the shared one of the same seed with its mixed weights as its own."""
-        if plan.network.shared:
+        if plan.network.shared or "tied" in plan.options:
             return super().network(plan, classes)
         return unshare(super().network(replace(plan, network=replace(plan.network, shared=True)), classes))
 
@@ -214,12 +230,16 @@ class Paths(Study):
         "before6_exact" is on grids beyond the last; both with BatchNorm statistics re-estimated on the grids that the
         network was last trained on. "rule2_exact": the rectangle rule's. "fold2_0.8_exact",
         "fold2_0.8_layers": of the network folded at similarity 0.8 at the end of phase 2, on the 2,000 grids of that phase
-        that it is scored on after every epoch. "exact", "reestimated_exact": on test grids.
+        that it is scored on after every epoch. "exact", "reestimated_exact": on test grids; "steps40_box25_exact": see
+        `exact_by_steps`.
         """
         scores, precision = watchers[-1], plan.settings.precision
         fresh = with_reestimated_statistics(model, self.sample(plan, tasks), precision)
         found = scores.metrics() | evaluate(model, tasks.test, precision)
-        return found | {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
+        found |= {f"reestimated_{key}": value for key, value in evaluate(fresh, tasks.test, precision).items()}
+        if isinstance(model, LoopedGridNet) and model.tied == "group":
+            found |= exact_by_steps(model, plan, tasks)
+        return found
 
     def rows(self, history: Sequence[Mapping[str, Any]], watchers: Sequence[Any]) -> list[dict[str, Any]]:
         """The history with "phase", with statistics re-estimated after each epoch "reestimated_exact" and so on, and the
@@ -241,6 +261,33 @@ def grids_of(plan: Plan, n: int, box: int, seed: int, side: int | None = None) -
 def sample_of(task: Curriculum, phase: int) -> Tensor:
     """The training grids of a phase (from 1) on which statistics are re-estimated."""
     return task.phases[phase - 1].train.inputs[:REESTIMATED_ON].float()
+
+
+class _AtSteps(nn.Module):
+    """A looped network that runs another number of steps."""
+
+    def __init__(self, model: LoopedGridNet, steps: int) -> None:
+        super().__init__()
+        self.model, self.steps = model, steps
+
+    def forward(self, grids: Tensor) -> Tensor:
+        return self.model(grids, self.steps)  # type: ignore[no-any-return]
+
+
+def exact_by_steps(model: LoopedGridNet, plan: Plan, tasks: Tasks) -> dict[str, float]:
+    """ "steps40_box25_exact" and so on: the exact rate after `STEPS`, on unseen grids of the last box and two beyond it."""
+    assert isinstance(tasks.train, Curriculum)
+    boxes, found = plan.sizes["boxes"], {}
+    for place in range(3):
+        box = boxes[-1] + place * (boxes[-1] - boxes[-2])
+        if box <= plan.sizes["side"]:
+            grids = grids_of(plan, plan.sizes["held_out"], box, 2**62 + 2**34 + place)
+            task = ShortestPaths(tasks.train.phases[-1].train, grids)
+            for multiple in STEPS:
+                steps = max(1, multiple * model.steps // 20)
+                scores = evaluate(_AtSteps(model, steps), task, plan.settings.precision)
+                found[f"steps{steps}_box{box}_exact"] = scores["exact"]
+    return found
 
 
 class Fresh(ShortestPaths):
@@ -353,7 +400,8 @@ threshold, layers left, exact rate."""
 
 def weights_alike(model: nn.Module) -> tuple[float, float]:
     """The mean and the largest |cos| between the 3x3 weights of two layers of a grid network, shared or plain."""
-    weights = [in_double(layer.weight).flatten() for name, layer in model.named_modules() if name.endswith(".conv")]
+    named = model.named_modules()
+    weights = [in_double(layer.weight).flatten() for name, layer in named if name.rpartition(".")[2] == "conv"]
     similarity = layer_similarity(torch.stack(weights)).cpu()
     return off_diagonal({"": similarity})[""], float(similarity.fill_diagonal_(0.0).max())
 

@@ -96,6 +96,25 @@ def test_effects_of_readings_are_those_of_least_squares(tmp_path):
     assert curriculum.reading_effects([], "accuracy") == ({}, {})
 
 
+def test_the_ladder_shows_means_and_what_was_not_run(tmp_path):
+    for seed, level in ((10, 0.5), (11, 0.7)):
+        write(tmp_path, "CNN", seed, level)
+        record = write(tmp_path, "CNN tied GroupNorm", seed, level)
+        steps = {"steps20_box21_exact": level, "steps40_box21_exact": level / 2, "steps20_box25_exact": 0.1}
+        write_record(record.identity, record.metrics | steps, data=record.data, history=record.history, runs=tmp_path)
+    records = find_records(tmp_path)
+    rows = {row["network"]: row for row in curriculum.ladder_rows(records)}
+    assert list(rows) == ["CNN", "SCNN", *paths.LADDER]
+    assert rows["CNN"] == {
+        "network": "CNN", "runs": "2", "adaptation": "60.0", "accuracy": "60.0", "extrapolation": "30.0",
+    }  # fmt: skip
+    assert rows["SCNN"]["runs"] == "not run" and rows["SCNN"]["accuracy"] == ""
+    assert curriculum.step_rows(records) == [
+        {"network": "CNN tied GroupNorm", "box": "21", "20 steps": "60.0", "40 steps": "30.0"},
+        {"network": "CNN tied GroupNorm", "box": "25", "20 steps": "10.0"},
+    ]
+
+
 def test_structure_by_phase_of_a_real_run(tmp_path, monkeypatch):
     record, _ = train("SCNN", rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c", progress=False, device="cpu")
     rows = curriculum.structure_rows(record)

@@ -9,7 +9,7 @@ import torch
 
 import softshare
 from softshare import models, shortest_path
-from softshare.studies import make_plan, paths, study_of, train
+from softshare.studies import curriculum, make_plan, paths, study_of, train
 from softshare.training.evaluation import evaluate, with_reestimated_statistics
 
 
@@ -198,6 +198,22 @@ def test_unit_coefficients_stay_units_and_gains_learn(tmp_path):
 def test_explored_recipes_train(name, tmp_path):
     record, _ = train(name, rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c", progress=False, device="cpu")
     assert record.recipe == name and len(record.history) == 2
+
+
+@pytest.mark.parametrize("name", paths.LADDER)
+def test_ingredients_of_search_train_and_run_longer(name, tmp_path):
+    record, model = train(name, rehearse=True, runs=tmp_path, checkpoints=tmp_path / "c", progress=False, device="cpu")
+    steps = {key for key in record.metrics if key.startswith("steps")}
+    if "GroupNorm" not in name:
+        assert not steps
+        return
+    assert {key.split("_")[1] for key in steps} == {"box7", "box9", "box11"} and len(steps) == 3 * len(paths.STEPS)
+    plan = make_plan(name, "fast", rehearse=True)
+    tasks = study_of(plan).tasks(plan)
+    found = paths.exact_by_steps(model, plan, tasks)
+    assert found == {key: record.metrics[key] for key in steps}
+    rows = curriculum.step_rows([record], "fast")
+    assert rows == []  # seeds below 10 were trials
 
 
 def test_statistics_are_reestimated_on_the_last_phase():
