@@ -9,8 +9,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..files import bundled_folder
-from ..similarity import initial_similarity
+from ..similarity import beyond_chance
 from ..speed import networks
 from ..speed.benchmark import interval, load_benchmark
 from . import folding
@@ -170,9 +173,10 @@ def structure(
 ) -> dict[str, list[dict[str, str]]]:
     """How similar layers have become in each run of a network in any profile but fast, one row per stage.
 
-    The largest similarity of a pair is shown next to the 95th percentile for random directions, and the plan at a threshold
-    next to the first epoch after which some pair reaches it. The keys describe the runs. Snapshots that are missing or
-    do not belong to their record are left out with a warning.
+    The largest similarity of a pair and the chessboard are shown beside chance, see `softshare.similarity.beyond_chance`,
+    and the plan at a threshold next to the first epoch after which some pair reaches it; the last row counts all stages
+    together. The keys describe the runs. Snapshots that are missing or do not belong to their record are left out with a
+    warning.
     """
     found: dict[str, list[dict[str, str]]] = {}
     for record in records:
@@ -184,28 +188,40 @@ def structure(
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
         rows = []
+        start, end = (
+            {name: torch.from_numpy(found[place]) for name, found in recorder.coefficients.items()} for place in (0, -1)
+        )
         for group in folding.plan_from_snapshots(record, threshold).groups:
             stage, _, plan = str(group).partition(": ")
             largest = recorder.largest()[group.name]
+            one = group.name
             reached = next(
                 (step for step, value in zip(recorder.steps, largest, strict=True) if value >= threshold), None
             )
-            chance = initial_similarity(len(group.layers), group.templates, "normal").quantile(0.95)
             rows.append(
                 {
                     "stage": stage,
-                    "largest similarity": f"{largest[-1]:.2f}",
-                    "random directions, 95%": f"{float(chance):.2f}",
+                    **_beside_chance({one: end[one]}, {one: start[one]}),
                     f"first at {threshold:g} (epoch)": NOT_SEEN if reached is None else f"{reached:.2g}",
                     f"plan at {threshold:g}": plan,
                 }
             )
+        rows.append(dict.fromkeys(rows[0], "") | {"stage": "all", **_beside_chance(end, start)})
         epochs, test_error = record.config["schedule"]["epochs"], record.metrics["error"]
         found[
             f"{record.network}, profile {record.profile} ({epochs} epochs), seed {record.seed}, {record.data['source']}: "
             f"test error {test_error:.2f}%"
         ] = rows
     return found
+
+
+def _beside_chance(end: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, str]:
+    found = beyond_chance(end, start)
+    names = {"largest": "largest similarity", "chessboard": "chessboard"}
+    return {
+        title: f"{found[name].observed:.2f} (by chance up to {found[name].chance:.2f}, p {found[name].p:.2g})"
+        for name, title in names.items()
+    }
 
 
 def as_text(rows: Sequence[Mapping[str, str]], caption: str) -> str:

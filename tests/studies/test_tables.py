@@ -108,15 +108,20 @@ def test_what_runs_show_about_structure(tmp_path):
     )
     ((title, rows),) = tables.structure(find_records(tmp_path)).items()
     assert title == "SWRN 40-8-8, profile short (30 epochs), seed 5, CIFAR-10: test error 5.12%"
-    assert [row["stage"] for row in rows] == ["stage1", "stage2", "stage3"]
+    assert [row["stage"] for row in rows] == ["stage1", "stage2", "stage3", "all"]
     assert [row["plan at 0.8"] for row in rows] == [
         "1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
         "1 -> 2 -> (3 -> 4) x 4",
         "1 -> 2 -> 3 -> 4 -> 5 -> 6 -> 7 -> 8 -> 9 -> 10",
+        "",
     ]
-    assert [row["largest similarity"] for row in rows] == ["0.71", "1.00", "0.71"]
-    assert [row["first at 0.8 (epoch)"] for row in rows] == ["never", "3", "never"]
-    assert all(0.8 < float(row["random directions, 95%"]) < 0.95 for row in rows)
+    assert [row["largest similarity"].split(" (")[0] for row in rows] == ["0.71", "1.00", "0.71", "1.00"]
+    assert [row["first at 0.8 (epoch)"] for row in rows] == ["never", "3", "never", ""]
+    for name, row in zip(softshare.banks(model), rows, strict=False):
+        start, end = ({name: torch.from_numpy(recorder.coefficients[name][place])} for place in (0, -1))
+        test = softshare.similarity.beyond_chance(end, start)["chessboard"]
+        assert row["chessboard"] == f"{test.observed:.2f} (by chance up to {test.chance:.2f}, p {test.p:.2g})"
+    assert rows[1]["chessboard"].endswith("p 0.001)") and rows[3]["chessboard"].endswith("p 0.001)")
     assert tables.structure(find_records(tmp_path), "SWRN 28-10-2") == {}
 
 
