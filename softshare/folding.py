@@ -230,16 +230,17 @@ def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:
 def _warn_of_chance(plans: Sequence[GroupPlan], similarities: Mapping[str, Tensor]) -> None:
     """Warn if layers are tied that are not exactly equal and no more alike than chance makes some pair in 5% of cases."""
     limit = largest_by_chance(tuple((len(plan.layers), plan.templates) for plan in plans))
-    weak = []
+    weak, planes = [], False
     for plan in plans:
         for cluster in plan.clusters:
             places = torch.tensor(cluster, device="cpu") - 1
             found = float(similarities[plan.name][places][:, places].triu(1).max())
             if len(cluster) > 1 and found < 1.0 - _ROUNDING and (plan.templates < 3 or found <= limit):
                 weak.append(f"layers {', '.join(map(str, cluster))} of {plan.name} at {found:.2f}")
+                planes |= plan.templates < 3
     if weak:
         beyond = f"among random directions some pair reaches {limit:.2f} in 5% of cases" if limit > 0 else ""
-        plane = "with 2 templates some pair is nearly always close to 1" if any(p.templates < 3 for p in plans) else ""
+        plane = "with 2 templates some pair is nearly always close to 1" if planes else ""
         why = "; ".join(filter(None, (beyond, plane)))
         warnings.warn(f"within chance: {'; '.join(weak)} ({why})", WithinChance, stacklevel=3)
 

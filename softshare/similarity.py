@@ -143,7 +143,7 @@ def beyond_chance(
     groups = {name: in_double(rows).cpu() for name, rows in end.items() if rows.shape[0] > 1 and rows.shape[1] > 2}
     if not groups:
         shapes = {name: tuple(rows.shape) for name, rows in end.items()}
-        raise ValueError(f"chance is told from structure only with 2 layers and 3 templates or more, got {shapes}")
+        raise ValueError(f"structure can be told from chance only with 2 layers and 3 templates or more, got {shapes}")
     moved = {}
     for name, rows in groups.items():
         before = torch.zeros_like(rows) if start is None else in_double(start[name]).cpu() if name in start else None

@@ -21,7 +21,7 @@ GROUP = 4
 
 
 class LoopedGridNet(nn.Module):
-    """A 1x1 convolution from 2 channels, one 3x3 layer with a skip run again and again, a 1x1 convolution to one channel.
+    """A 1x1 convolution from 2 channels, one 3x3 layer with a skip run repeatedly, a 1x1 convolution to one channel.
 
     (N, 2, H, W) grids (queries, obstacles; bool or floating) of any size to (N, H, W) logits.
 
@@ -73,6 +73,7 @@ class LoopedGridNet(nn.Module):
             low, high = self.steps - self.steps // 2, self.steps + self.steps // 2
             drawn = self.training and self.random_steps
             steps = int(torch.randint(low, high + 1, (), device="cpu")) if drawn else self.steps
+        count("steps", steps)
         if self.tied == "batch" and steps > len(self.norms):
             raise ValueError(f"BatchNorm has statistics for {len(self.norms)} steps, got {steps}")
         x = self.stem(grids)  # (N, width, H, W)

@@ -12,10 +12,11 @@ import numpy as np
 from scipy import stats
 
 from .intervals import LEVEL
-from .measures import MEASURES, phases_of, structure_at
+from .measures import MEASURES, coefficients_at, phases_of, structure_at
 from .paths import FOLDED_AT, HALF, LADDER, READINGS, named
 from .records import Record
 from .tables import is_planned
+from .verdicts import paired, read_claims
 
 
 def runs_of(records: Sequence[Record], recipe: str, profile: str, seeds: int = 10) -> dict[int, Record]:
@@ -24,12 +25,15 @@ def runs_of(records: Sequence[Record], recipe: str, profile: str, seeds: int = 1
     return {record.seed: record for record in found if is_planned(record, profile)}
 
 
-def best_profile(records: Sequence[Record], recipes: Sequence[str] = ("CNN", "SCNN")) -> tuple[str, list[int]]:
-    """The profile with the most pairs, and its seeds with a run of each recipe; "paper" goes first if it has two."""
-    found = {}
-    for profile in ("paper", "short"):
-        seeds = [set(runs_of(records, recipe, profile)) for recipe in recipes]
-        found[profile] = sorted(set.intersection(*seeds))
+def pairs_in(records: Sequence[Record], profile: str, readings: Sequence[str] = ()) -> list[tuple[Record, Record]]:
+    """Pairs of runs of SCNN and CNN in a reading by seed, by the rules of `softshare.studies.verdicts.paired`."""
+    claim = next(claim for claim in read_claims() if claim.claim == "accuracy")
+    return paired(records, named("SCNN", readings), named("CNN", readings), profile, claim)
+
+
+def best_pairs(records: Sequence[Record]) -> tuple[str, list[tuple[Record, Record]]]:
+    """The profile that is judged and its pairs of SCNN and CNN: "paper" if it has two, otherwise the one with more."""
+    found = {profile: pairs_in(records, profile) for profile in ("paper", "short")}
     return max(found.items(), key=lambda item: (min(len(item[1]), 2), item[0] == "paper"))
 
 
@@ -61,12 +65,12 @@ def structure_rows(record: Record) -> list[dict[str, str]]:
 
 def _folds(record: Record, phase: int, before: float) -> str:
     """The highest threshold at which layers fold, and what is left; "nothing at 0.5" if there is none."""
-    layers = max(record.metrics[f"fold{phase}_{threshold:g}_layers"] for threshold in FOLDED_AT)
+    layers = sum(len(rows) for rows in coefficients_at(record).values())
     for threshold in reversed(FOLDED_AT):
         left = record.metrics[f"fold{phase}_{threshold:g}_layers"]
         if left < layers:
             exact = record.metrics[f"fold{phase}_{threshold:g}_exact"]
-            return f"at {threshold:g}: {left:.0f} of {layers:.0f} layers, exact {before:.1%} to {exact:.1%}"
+            return f"at {threshold:g}: {left:.0f} of {layers} layers, exact {before:.1%} to {exact:.1%}"
     return f"nothing down to {min(FOLDED_AT):g}"
 
 
@@ -83,18 +87,19 @@ class Effect(NamedTuple):
 
 
 def reading_effects(
-    records: Sequence[Record], measure: str, seed: int = 10, recipe: str = "SCNN", against: str = "CNN"
+    records: Sequence[Record], measure: str, seed: int = 10
 ) -> tuple[dict[tuple[str, ...], float], dict[str, Effect]]:
-    """The difference between two networks in each reading, and each factor's effect on it.
+    """The difference SCNN - CNN in each reading, and each factor's effect on it.
 
-    Returns the differences in percentage points by reading, of those that were run in profile short at that seed, and the
-    effects, which need all eight.
+    Returns the differences in percentage points by reading, of those that were run in profile short at that seed, and, if
+    all eight were run, the effects, with "mean of all readings" first. Their intervals come from the three residuals of a
+    model without interactions, so an interaction of two readings shows as a wider interval.
     """
     differences = {}
     for each in HALF:
-        pair = [runs_of(records, named(name, each), "short").get(seed) for name in (recipe, against)]
-        if pair[0] and pair[1]:
-            differences[each] = MEASURES[measure](pair[0]) - MEASURES[measure](pair[1])
+        for one, other in pairs_in(records, "short", each):
+            if one.seed == seed:
+                differences[each] = MEASURES[measure](one) - MEASURES[measure](other)
     if len(differences) < len(HALF):
         return differences, {}
     signs = np.array([[1.0, *(1.0 if name in each else -1.0 for name in READINGS)] for each in HALF])
@@ -102,11 +107,13 @@ def reading_effects(
     found = signs.T @ values / len(HALF)  # the columns are orthogonal
     freedom = len(HALF) - signs.shape[1]
     variance = float(((values - signs @ found) ** 2).sum()) / freedom / len(HALF)
-    half = 2 * stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
-    effects = 2 * found[1:]
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
+    # An effect is the difference of two halves: twice its coefficient. The mean is its own.
+    sizes = {"mean of all readings": (found[0], half)} | {
+        name: (2 * mean, 2 * half) for name, mean in zip(READINGS, found[1:], strict=True)
+    }
     return differences, {
-        name: Effect(float(mean), (float(mean - half), float(mean + half)))
-        for name, mean in zip(READINGS, effects, strict=True)
+        name: Effect(float(mean), (float(mean - width), float(mean + width))) for name, (mean, width) in sizes.items()
     }
 
 

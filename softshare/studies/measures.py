@@ -117,6 +117,10 @@ SIGNS: dict[str, Callable[[Record, Sequence[Record]], bool | None]] = {
 """Functions from a record and the records of all folds of its recipe to whether the run shows it; None: not known."""
 
 
+EARLY = ("structure by 3%", "a pair by 2%")
+"""Signs that speak of a part of the paper's schedule: in a shorter one that part would be less than an epoch."""
+
+
 def sign_of(name: str, record: Record, records: Sequence[Record]) -> bool | None:
     """Whether a run shows a sign; None if its record does not tell."""
     folds = [found for found in records if found.recipe == f"fold of {record.recipe}"]
@@ -129,7 +133,7 @@ def sign_of(name: str, record: Record, records: Sequence[Record]) -> bool | None
 def raw_f1_wins(records: Sequence[Record], recipe: str, against: str) -> dict[tuple[str, int], bool]:
     """By profile and seed: is the first network ahead in every phase from the second on, in raw F1, mean over the phase?
 
-    This is what one sees who looks at two curves of F1 of the networks as they are, one run each.
+    This is what a reader of two curves of raw F1, one run each, would see.
     """
     found: dict[str, dict[tuple[str, int], list[float]]] = {recipe: {}, against: {}}
     for record in records:

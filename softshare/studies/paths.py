@@ -291,7 +291,10 @@ def exact_by_steps(model: LoopedGridNet, plan: Plan, tasks: Tasks) -> dict[str, 
 
 
 class Fresh(ShortestPaths):
-    """`ShortestPaths` with new training grids, in the same memory, in each epoch; `train` holds those of the first."""
+    """`ShortestPaths` with new training grids, in the same memory, in each epoch.
+
+    `train` keeps grids that no epoch trains on; statistics are re-estimated on them.
+    """
 
     def __init__(self, train: Grids, held_out: Grids, plan: Plan, box: int) -> None:
         super().__init__(train, held_out)
@@ -399,7 +402,9 @@ threshold, layers left, exact rate."""
 
 
 def weights_alike(model: nn.Module) -> tuple[float, float]:
-    """The mean and the largest |cos| between the 3x3 weights of two layers of a grid network, shared or plain."""
+    """The mean and the largest |cos| between the 3x3 weights of two layers of a grid network; 1 for a loop."""
+    if isinstance(model, LoopedGridNet):
+        return 1.0, 1.0
     named = model.named_modules()
     weights = [in_double(layer.weight).flatten() for name, layer in named if name.rpartition(".")[2] == "conv"]
     similarity = layer_similarity(torch.stack(weights)).cpu()

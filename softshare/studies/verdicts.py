@@ -12,11 +12,12 @@ book read the same ones.
 - A **value** is a cell of a published table: "reproduced" if the whole 95% interval of our mean lies within the margin
   around it, "contradicted" if the whole interval lies outside. Only runs at the paper's schedule on the published edition
   of the data count.
-- A **figure** is something that a run shows or does not show: "reproduced" if all runs show it, "contradicted" if none
-  does, otherwise "not resolved".
+- A **figure** is something that a run shows or does not show: "reproduced" if all runs show it, "contradicted" if none of
+  at least three does, otherwise "not resolved". What is said of a part of the training needs the paper's schedule.
 - The rest is not judged by runs: what follows from a definition names the test that shows it; an argument stays one.
 
-A single pair or run is told, not judged.
+A single pair or run is told, not judged. Runs that diverged, or whose revision is unknown or has uncommitted changes, do not
+count; nor do values without any spread resolve anything.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import bundled_folder
-from .intervals import LEVEL, holm_levels, mean_interval, needed_for_width, needed_to_see, p_value, sign_flip
-from .measures import MEASURES, SIGNS, sign_of
+from .intervals import LEVEL, holm_levels, mean_interval, needed_to_see, p_value, sign_flip
+from .measures import EARLY, MEASURES, SIGNS, sign_of
 from .records import Record
 from .tables import NOT_RUN, is_planned, of_data, paper_table
 
@@ -44,6 +45,7 @@ ONE_RUN = "one run: told, not judged"
 
 KINDS = ("contrast", "not worse", "value", "figure", "definition", "argument")
 
+_CONTRASTS = ("contrast", "not worse")
 _PROFILES = ("paper", "short")
 """The profiles that can judge, the best first; values need the first."""
 
@@ -100,8 +102,8 @@ class Verdict:
         level: the interval's confidence after Holm's correction.
         sign_flip: p of the sign-flip test, two-sided; NaN where there is none.
         profile: of the runs that judge; "" without any.
-        needed: pairs or runs for a 95% interval that reaches no farther than the margin to each side, at the spread seen
-            here; None if the spread is not known.
+        needed: of a contrast: pairs with which a true difference as large as the margin would be found four times out of
+            five, at the spread and level seen here; None if the spread is not known.
         note: what else must be said.
         records: those that it was computed from.
     """
@@ -133,7 +135,7 @@ def read_claims() -> list[Claim]:
 
 
 def parse_claims(text: str) -> list[Claim]:
-    """The claims in the text of a file such as data/paper/claims.csv. Raises ValueError for a row without sense."""
+    """The claims in the text of a file such as data/paper/claims.csv. Raises ValueError for a row that makes no sense."""
     found: dict[str, Claim] = {}
     for row in csv.DictReader(text.splitlines()):
         numbers = {"margin": float(row["margin"] or 0.0), "seeds": int(row.get("seeds") or 0)}
@@ -141,6 +143,8 @@ def parse_claims(text: str) -> list[Claim]:
         known = ("", *(SIGNS if claim.kind == "figure" else MEASURES))
         if claim.kind not in KINDS or claim.measure not in known or claim.better not in ("", "higher", "lower"):
             raise ValueError(f"claims.csv: {claim.claim!r} has an unknown kind, measure or direction")
+        if claim.kind in _CONTRASTS and not (claim.measure and claim.better and claim.recipe and claim.against):
+            raise ValueError(f"claims.csv: the contrast {claim.claim!r} lacks a recipe, a measure or a direction")
         if claim.claim in found:
             raise ValueError(f"claims.csv: {claim.claim!r} stands there twice")
         found[claim.claim] = claim
@@ -150,42 +154,51 @@ def parse_claims(text: str) -> list[Claim]:
 def verdicts(records: Sequence[Record], claims: Sequence[Claim] | None = None) -> list[Verdict]:
     """The verdict on every claim, in their order. Records of older versions of a study do not count."""
     claims = read_claims() if claims is None else claims
-    found: dict[str, Verdict] = {}
+    found = {claim.claim: _JUDGES[claim.kind](claim, records) for claim in claims if claim.kind in _JUDGES}
     contrasts: dict[str, list[tuple[Claim, Sample]]] = {}
     for claim in claims:
-        judge = _JUDGES.get(claim.kind)
-        if judge:
-            found[claim.claim] = judge(claim, records)
-            continue
-        sample = pairs_of(claim, records)
-        if len(sample.values) < 2:
-            found[claim.claim] = _too_few(claim, sample)
-        else:
-            contrasts.setdefault(claim.study, []).append((claim, sample))
+        if claim.kind in _CONTRASTS:
+            contrasts.setdefault(claim.study, []).append((claim, pairs_of(claim, records)))
     for study in contrasts.values():
-        levels = holm_levels([p_value([value - _bound(claim) for value in sample.values]) for claim, sample in study])
+        # Those that were not run count, so that no verdict depends on which other runs there are.
+        levels = holm_levels([_p_value(claim, sample) for claim, sample in study])
         for (claim, sample), level in zip(study, levels, strict=True):
-            found[claim.claim] = _contrast(claim, sample, level)
+            found[claim.claim] = _contrast(claim, sample, level) if len(sample.values) > 1 else _too_few(claim, sample)
     return [found[claim.claim] for claim in claims]
 
 
-def pairs_of(claim: Claim, records: Sequence[Record]) -> Sample:
-    """The differences of a contrast by seed, positive in the claim's direction.
+def paired(
+    records: Sequence[Record], recipe: str, against: str, profile: str, claim: Claim
+) -> list[tuple[Record, Record]]:
+    """Pairs of runs of two recipes by seed, that have the same data, precision and revision of the code.
 
-    Both runs of a pair have the same profile, data, precision and revision of the code. The best profile with at least two
-    pairs counts, otherwise the best one with any; never two together.
+    Of several editions of the data, the one with the most pairs counts; of several pairs with one seed, the earliest. The
+    data and the least seed are those of `claim`.
     """
-    measure, sign = MEASURES[claim.measure], 1.0 if claim.better == "higher" else -1.0
-    best = Sample((), "", ())
+    sides = [
+        {_conditions(record): record for record in records if _counts(claim, record, name, profile)}
+        for name in (recipe, against)
+    ]
+    both = [(sides[0][key], sides[1][key]) for key in sides[0].keys() & sides[1].keys()]
+    both.sort(key=lambda pair: str(pair[0].execution.get("date", "")))
+    editions: dict[str, dict[int, tuple[Record, Record]]] = {}
+    for pair in both:
+        editions.setdefault(_edition(pair[0]), {}).setdefault(pair[0].seed, pair)
+    best = max(sorted(editions.items()), key=lambda item: len(item[1]), default=("", {}))[1]
+    return [best[seed] for seed in sorted(best)]
+
+
+def pairs_of(claim: Claim, records: Sequence[Record]) -> Sample:
+    """The differences of a contrast by seed, positive in the claim's direction, see `paired`.
+
+    The best profile with at least two pairs counts, otherwise the best one with any; never two together.
+    """
+    sign, best = 1.0 if claim.better == "higher" else -1.0, Sample((), "", ())
     for profile in _PROFILES:
-        sides = [
-            {_conditions(record): record for record in records if _counts(claim, record, name, profile)}
-            for name in (claim.recipe, claim.against)
-        ]
-        common = sorted(sides[0].keys() & sides[1].keys(), key=str)
-        by_seed = {key[0]: key for key in common}  # one pair per seed, however often it was run
-        pairs = [(sides[0][key], sides[1][key]) for _, key in sorted(by_seed.items())]
-        differences = tuple(sign * (measure(one) - measure(other)) for one, other in pairs)
+        pairs = paired(records, claim.recipe, claim.against, profile, claim)
+        differences = tuple(
+            sign * (MEASURES[claim.measure](one) - MEASURES[claim.measure](other)) for one, other in pairs
+        )
         sample = Sample(differences, profile, tuple(record for pair in pairs for record in pair))
         if len(pairs) > 1:
             return sample
@@ -195,14 +208,32 @@ def pairs_of(claim: Claim, records: Sequence[Record]) -> Sample:
 
 def _conditions(record: Record) -> tuple[Any, ...]:
     run = record.execution
-    return record.seed, record.data.get("fingerprint"), run.get("precision"), run.get("revision"), run.get("dirty")
+    return record.seed, record.data.get("fingerprint"), run.get("precision"), run.get("revision")
+
+
+def _edition(record: Record) -> str:
+    return str(record.data.get("source", ""))
 
 
 def _counts(claim: Claim, record: Record, recipe: str, profile: str) -> bool:
+    """Whether a run is one of a claim's."""
     if record.recipe != recipe or record.seed < claim.seeds or not is_planned(record, profile):
         return False
-    source = str(record.data.get("source", "")).split(" (")[0]
+    if not record.execution.get("revision") or record.execution.get("dirty"):
+        return False
+    if claim.measure in MEASURES and _value_of(claim.measure, record) is None:
+        return False
+    source = _edition(record).split(" (")[0]
     return not claim.data or (of_data(record, claim.data) if profile == "paper" else source == claim.data)
+
+
+def _value_of(measure: str, record: Record) -> float | None:
+    """What a run measured; None if it diverged or did not measure it."""
+    try:
+        value = MEASURES[measure](record)
+    except (KeyError, ValueError, OSError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _bound(claim: Claim) -> float:
@@ -210,31 +241,42 @@ def _bound(claim: Claim) -> float:
     return -claim.margin if claim.kind == "not worse" else 0.0
 
 
+def _p_value(claim: Claim, sample: Sample) -> float:
+    if len(sample.values) < 2 or np.std(sample.values) == 0.0:
+        return 1.0
+    return p_value([value - _bound(claim) for value in sample.values])
+
+
 def _contrast(claim: Claim, sample: Sample, level: float) -> Verdict:
     low, high = mean_interval(sample.values, level)
-    mean, bound, margin = float(np.mean(sample.values)), _bound(claim), claim.margin
-    if low > bound or high < bound:
+    mean, spread = float(np.mean(sample.values)), float(np.std(sample.values, ddof=1))
+    n, bound, margin = len(sample.values), _bound(claim), claim.margin
+    if spread == 0.0:
+        word = NOT_RESOLVED
+    elif low > bound or high < bound:
         word = REPRODUCED if low > bound else CONTRADICTED
     elif claim.kind == "contrast" and -margin <= low and high <= margin:
         word = NO_DIFFERENCE
     else:
         word = NOT_RESOLVED
-    note = ""
+    notes = []
     if claim.kind == "contrast" and word in (REPRODUCED, CONTRADICTED) and abs(mean) < margin:
-        note = f"smaller than the {margin:g} points that would be worth having"
+        notes.append(f"smaller than the {margin:g} points that would be worth having")
     if word == NOT_RESOLVED:
-        note = f"n = {len(sample.values)}, half-width {(high - low) / 2:.2f} points"
+        notes.append(f"n = {n}, half-width {(high - low) / 2:.2f} points" + ", no spread to judge by" * (spread == 0.0))
+    if claim.data and _edition(sample.records[0]) != claim.data:
+        notes.append(f"run on {_edition(sample.records[0])}")
     return Verdict(
         claim,
         _at(word, sample.profile),
-        len(sample.values),
+        n,
         mean,
         (low, high),
         level,
-        sign_flip(sample.values),
+        sign_flip([value - bound for value in sample.values]),
         sample.profile,
-        needed_for_width(float(np.std(sample.values, ddof=1)), margin),
-        note,
+        needed_to_see(margin, spread, level=level) if spread else None,
+        "; ".join(notes),
         sample.records,
     )
 
@@ -246,7 +288,8 @@ def _at(word: str, profile: str) -> str:
 def _too_few(claim: Claim, sample: Sample) -> Verdict:
     if not sample.values:
         return Verdict(claim, NOT_RUN)
-    return Verdict(claim, ONE_RUN, 1, sample.values[0], profile=sample.profile, records=sample.records)
+    word = _at(ONE_RUN, sample.profile)
+    return Verdict(claim, word, 1, sample.values[0], profile=sample.profile, records=sample.records)
 
 
 def published_value(claim: Claim, recipe: str = "") -> float:
@@ -273,11 +316,11 @@ def needed_for_published(claim: Claim, spread: float) -> int | None:
 
 def _value(claim: Claim, records: Sequence[Record]) -> Verdict:
     runs = [record for record in records if _counts(claim, record, claim.recipe, "paper")]
-    exact = {record.seed: record for record in runs if record.data["source"] == claim.data}
+    exact = {record.seed: record for record in runs if _edition(record) == claim.data}
     judged = tuple(exact[seed] for seed in sorted(exact)) or tuple(runs)
     sample = Sample(tuple(MEASURES[claim.measure](record) for record in judged), "paper", judged)
     if runs and not exact:
-        note = f"run on another edition, {', '.join(sorted({record.data['source'] for record in runs}))}"
+        note = f"run on another edition, {', '.join(sorted(set(map(_edition, runs))))}"
         mean = float(np.mean(sample.values))
         return Verdict(claim, INCOMPARABLE, len(runs), mean, profile="paper", note=note, records=judged)
     if len(sample.values) < 2:
@@ -286,24 +329,43 @@ def _value(claim: Claim, records: Sequence[Record]) -> Verdict:
     inside = low >= published - claim.margin and high <= published + claim.margin
     outside = low > published + claim.margin or high < published - claim.margin
     word = REPRODUCED if inside else CONTRADICTED if outside else NOT_RESOLVED
+    word = word if high > low else NOT_RESOLVED  # no spread to judge by
     note = f"n = {n}, half-width {(high - low) / 2:.2f} points" if word == NOT_RESOLVED else ""
-    needed = needed_for_width(float(np.std(sample.values, ddof=1)), claim.margin)
-    mean = float(np.mean(sample.values))
-    return Verdict(claim, word, n, mean, (low, high), profile="paper", needed=needed, note=note, records=judged)
+    return Verdict(
+        claim, word, n, float(np.mean(sample.values)), (low, high), profile="paper", note=note, records=judged
+    )
 
 
 def _figure(claim: Claim, records: Sequence[Record]) -> Verdict:
-    for profile in _PROFILES:
+    told = Verdict(claim, NOT_RUN)
+    for profile in _PROFILES[: 1 if claim.measure in EARLY else None]:
         runs = [record for record in records if _counts(claim, record, claim.recipe, profile)]
-        shown = {record.seed: sign_of(claim.measure, record, records) for record in runs}
-        known = tuple(sorted((record for record in runs if shown[record.seed] is not None), key=lambda run: run.seed))
-        if not known:
-            continue
+        runs.sort(key=lambda record: _edition(record) == claim.data)  # the published edition last, so that it counts
+        by_seed = {record.seed: record for record in runs}
+        shown = {seed: sign_of(claim.measure, record, records) for seed, record in by_seed.items()}
+        known = tuple(by_seed[seed] for seed in sorted(by_seed) if shown[seed] is not None)
         n, yes = len(known), sum(bool(shown[record.seed]) for record in known)
-        note = f"seen in {yes} of {n} run{'s' * (n > 1)}"
-        word = ONE_RUN if n == 1 else _at(REPRODUCED if yes == n else NOT_RESOLVED if yes else CONTRADICTED, profile)
-        return Verdict(claim, word, n, 100.0 * yes / n, profile=profile, note=note, records=known)
-    return Verdict(claim, NOT_RUN)
+        word = ONE_RUN if n == 1 else REPRODUCED if yes == n else CONTRADICTED if not yes and n > 2 else NOT_RESOLVED
+        note = f"seen in {yes} of {n} run{'s' * (n > 1)}" + _shuffled(claim, records, profile)
+        verdict = Verdict(
+            claim, _at(word, profile), n, 100.0 * yes / max(1, n), profile=profile, note=note, records=known
+        )
+        if n > 1:
+            return verdict
+        told = verdict if n and told.verdict == NOT_RUN else told
+    return told
+
+
+def _shuffled(claim: Claim, records: Sequence[Record], profile: str) -> str:
+    """What the same network shows where nothing can be learned, if that was run."""
+    name = f"{claim.recipe} shuffled"
+    signs = [
+        sign_of(claim.measure, record, records)
+        for record in records
+        if record.recipe == name and is_planned(record, profile)
+    ]
+    known = [sign for sign in signs if sign is not None]
+    return f"; with shuffled labels in {sum(known)} of {len(known)}" if known else ""
 
 
 _JUDGES: dict[str, Callable[[Claim, Sequence[Record]], Verdict]] = {
@@ -321,7 +383,7 @@ def as_rows(found: Sequence[Verdict], wording: bool = False) -> list[dict[str, s
     for verdict in found:
         claim = verdict.claim
         row = {"claim": claim.says if wording else claim.claim, "verdict": verdict.verdict, "n": str(verdict.n or "")}
-        row |= {"mean": "", "interval": "", "sign-flip p": "", "n needed": "", "note": verdict.note}
+        row |= {"mean": "", "interval": "", "sign-flip p": "", "n to see the margin": "", "note": verdict.note}
         signed = "+" if claim.against else ""
         if not math.isnan(verdict.mean):
             row["mean"] = f"{verdict.mean:.0f}%" if claim.kind == "figure" else f"{verdict.mean:{signed}.2f}"
@@ -331,6 +393,6 @@ def as_rows(found: Sequence[Verdict], wording: bool = False) -> list[dict[str, s
         if not math.isnan(verdict.sign_flip):
             row["sign-flip p"] = f"{verdict.sign_flip:.2g}"
         if verdict.needed:
-            row["n needed"] = f"{verdict.needed:,}"
+            row["n to see the margin"] = f"{verdict.needed:,}"
         rows.append(row)
     return rows

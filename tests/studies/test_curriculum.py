@@ -31,8 +31,14 @@ def write(folder, recipe, seed, level, profile="short"):
     found = {f"before{phase}_exact": level / 2 for phase in range(1, 7)} | {
         f"rule{phase}_exact": 0.1 for phase in range(1, 7)
     }
-    facts = {"seconds": 1800.0, "hardware": "a machine"}
+    facts = {"seconds": 1800.0, "hardware": "a machine", "revision": "a", "dirty": False}
     return write_record(identity, found, data={"fingerprint": "x"}, history=history, execution=facts, runs=folder)
+
+
+def found(records):
+    profile, pairs = curriculum.best_pairs(records)
+    assert all((one.recipe, other.recipe, one.seed) == ("SCNN", "CNN", other.seed) for one, other in pairs)
+    return profile, [one.seed for one, _ in pairs]
 
 
 def test_pairs_are_found_and_the_papers_schedule_goes_first(tmp_path):
@@ -41,15 +47,15 @@ def test_pairs_are_found_and_the_papers_schedule_goes_first(tmp_path):
             write(tmp_path, name, seed, level)
     write(tmp_path, "SCNN", 12, 0.5)
     records = find_records(tmp_path)
-    assert curriculum.best_profile(records) == ("short", [10, 11])
+    assert found(records) == ("short", [10, 11])
     assert set(curriculum.runs_of(records, "SCNN", "short")) == {10, 11, 12}
     for name in ("CNN", "SCNN"):
         write(tmp_path, name, 10, 0.5, "paper")
-    assert curriculum.best_profile(find_records(tmp_path)) == ("short", [10, 11]), "one pair is not enough"
+    assert found(find_records(tmp_path)) == ("short", [10, 11]), "one pair is not enough"
     for name in ("CNN", "SCNN"):
         write(tmp_path, name, 11, 0.5, "paper")
-    assert curriculum.best_profile(find_records(tmp_path)) == ("paper", [10, 11])
-    assert curriculum.best_profile([])[1] == []
+    assert found(find_records(tmp_path)) == ("paper", [10, 11])
+    assert found([])[1] == []
     record = curriculum.runs_of(records, "CNN", "short")[11]
     assert (curriculum.curve(record, "reestimated_exact") == 0.6).all() and len(
         curriculum.curve(record, "held_out_f1")
@@ -83,6 +89,9 @@ def test_effects_of_readings_are_those_of_least_squares(tmp_path):
     matrix = np.column_stack([np.ones(8), inside])
     solution, residuals, *_ = np.linalg.lstsq(matrix, values, rcond=None)
     errors = np.sqrt(np.diag(np.linalg.inv(matrix.T @ matrix)) * residuals[0] / 3)
+    whole = effects.pop("mean of all readings")
+    assert whole.mean == pytest.approx(values.mean())
+    assert whole.interval[1] - whole.mean == pytest.approx(stats.t.ppf(0.975, 3) * np.sqrt(residuals[0] / 3 / 8))
     for place, effect in enumerate(effects.values(), start=1):
         half = stats.t.ppf(0.975, 3) * errors[place]
         assert effect.mean == pytest.approx(solution[place])
@@ -124,6 +133,8 @@ def test_structure_by_phase_of_a_real_run(tmp_path, monkeypatch):
     assert rows[0]["folds"].startswith(("at 0.", "nothing down to 0.5"))
     monkeypatch.setitem(record.metrics, "fold2_0.6_layers", 3.0)
     monkeypatch.setitem(record.metrics, "fold2_0.6_exact", 0.25)
-    layers = record.metrics["fold2_0.95_layers"]
     folds = curriculum.structure_rows(record)[1]["folds"]
-    assert folds.startswith(f"at 0.6: 3 of {layers:.0f} layers, exact ") and folds.endswith("to 25.0%")
+    assert folds.startswith("at 0.6: 3 of 20 layers, exact ") and folds.endswith("to 25.0%")
+    for threshold in paths.FOLDED_AT:  # all layers alike
+        monkeypatch.setitem(record.metrics, f"fold2_{threshold:g}_layers", 1.0)
+    assert curriculum.structure_rows(record)[1]["folds"].startswith("at 0.95: 1 of 20 layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -103,6 +104,21 @@ def test_folds_and_similar_weights_are_found_when_a_phase_ends():
     similarity = torch.nn.functional.cosine_similarity(weights[:, None], weights[None], dim=2).abs()
     pairs = similarity[~torch.eye(layers, dtype=bool)]
     assert paths.weights_alike(plain) == pytest.approx((float(pairs.mean()), float(pairs.max())), rel=1e-5)
+
+
+def test_the_curriculum_is_the_posters():
+    """32 x 32 x 2 inputs, two query points, many obstacles, 50 epochs per phase, growing distances."""
+    plan = make_plan("SCNN", "paper", 10)
+    assert plan.settings.epochs == 50 * len(plan.sizes["boxes"]) and plan.sizes["boxes"] == sorted(plan.sizes["boxes"])
+    small = dataclasses.replace(plan, sizes={**plan.sizes, "train": 200, "held_out": 10, "ends": 10})
+    tasks, distances = study_of(plan).tasks(small), []
+    for phase in tasks.train.phases:
+        inputs = phase.train.inputs
+        assert inputs.shape == (200, 2, 32, 32) and (inputs[:, 0].flatten(1).sum(1) == 2).all()
+        assert 0.05 < inputs[:, 1].float().mean() < 0.15
+        distances.append(phase.train.distances.float().mean())
+    assert distances == sorted(distances) and len(set(distances)) == len(distances)
+    assert [tasks.train.at(epoch) is tasks.train.phases[0] for epoch in (1, 50, 51)] == [True, True, False]
 
 
 def test_a_pair_starts_from_the_same_function():

@@ -23,11 +23,11 @@ from softshare.studies.verdicts import Claim
 ROOT = Path(__file__).parents[2]
 
 
-def record(recipe, seed, profile="paper", data="CIFAR-10", revision="a", precision="float32", **metrics):
+def record(recipe, seed, profile="paper", data="CIFAR-10", revision="a", precision="float32", date="", **metrics):
     """A record that was never written: of the current plan, so that it counts."""
     plan = make_plan(recipe, profile, seed)
     config = {"sizes": {"train": 50_000, "test": 10_000}}
-    execution = {"precision": precision, "revision": revision, "dirty": False}
+    execution = {"precision": precision, "revision": revision, "dirty": False, "date": date}
     found = {"source": data, "fingerprint": data}
     return Record(study_of(plan).identity(plan, data), config, found, metrics, [], execution, "", Path("none.json"))
 
@@ -155,6 +155,49 @@ def test_members_of_a_pair_have_one_precision_and_revision():
     assert judge([*other, *good[1::2]], claim())[0].verdict == "not run"
 
 
+def test_a_pair_of_unknown_code_does_not_count():
+    for change in ({"revision": None}, {"revision": ""}, {"dirty": True}):
+        changed = [dataclasses.replace(each, execution=each.execution | change) for each in pairs([0.5, 0.52, 0.48])]
+        assert judge(changed, claim())[0].verdict == "not run", change
+
+
+def test_of_repeated_seeds_the_earliest_counts_and_editions_do_not_mix():
+    first, second = (
+        pairs([0.5, 0.52, 0.48], date="2026-02-01"),
+        pairs([-0.5, -0.5, -0.4], revision="b", date="2026-03-01"),
+    )
+    assert judge([*second, *first], claim())[0].mean == pytest.approx(0.5)
+    jpeg = [each for each in pairs([0.1, 0.2, 0.3, 0.4], data="CIFAR-10 (JPEG)") if each.seed > 1]
+    found = judge([*first[:4], *jpeg[:2], *pairs([0.7, 0.7, 0.7], data="CIFAR-10 (PNG)", date="x")], claim())[0]
+    assert found.n == 3 and found.note.endswith("run on CIFAR-10 (PNG)")
+
+
+def test_no_spread_and_no_number_resolve_nothing():
+    (found,) = judge(pairs([0.01, 0.01]), claim())
+    assert found.verdict == "not resolved" and "no spread" in found.note and found.needed is None
+    broken = pairs([0.5, 0.52, 0.48, 0.5])
+    broken[0].metrics["error"] = math.nan
+    del broken[2].metrics["error"]
+    assert judge(broken, claim())[0].n == 2
+    assert value_of([3.9, 3.9]).verdict == "not resolved"
+
+
+def test_no_verdict_depends_on_which_other_claims_were_run():
+    """The same data are judged at the same level whether or not the other claims of the study have runs."""
+    others = [claim(name, against=name) for name in ("SWRN 28-2-2 cutout", "SWRN 28-2-1 cutout")]
+    records = pairs([0.5, 0.7, 0.3, 0.6])
+    alone = judge(records, claim(), *others)[0]
+    assert alone.level == pytest.approx(1 - 0.05 / 3)
+    more = [record(other.against, seed, error=4.0) for other in others for seed in range(4)]
+    again = judge([*records, *more], claim(), *others)[0]
+    assert (again.verdict, again.interval) == (alone.verdict, alone.interval) or again.level < alone.level
+
+
+def test_the_sign_flip_of_not_worse_tests_the_margin():
+    (found,) = judge(pairs([-0.02, 0.01, -0.01, 0.02, 0.0]), claim(kind="not worse"))
+    assert found.verdict == "reproduced" and found.sign_flip == pytest.approx(2 / 32)
+
+
 def test_lower_seeds_do_not_count():
     assert judge(pairs([0.5, 0.52, 0.48]), claim(seeds=1))[0].n == 2
 
@@ -205,7 +248,23 @@ def test_figures(monkeypatch):
     assert found() == "not run" and found(None) == "not run"
     assert found(True) == found(False, None) == "one run: told, not judged"
     assert found(True, True, True) == "reproduced" and found(True, False) == "not resolved"
-    assert found(False, False, profile="short") == "contradicted, at profile short"
+    assert found(False, False) == "not resolved", "two runs that do not show it say little"
+    assert found(False, False, False, profile="short") == "contradicted, at profile short"
+    assert found(True, profile="short") == "one run: told, not judged, at profile short"
+    shown.update({0: True, 1: True, 2: True})
+    short = [record("SWRN 40-8-8", seed, "short") for seed in range(3)]
+    assert judge([record("SWRN 40-8-8", 0), *short], figure)[0].verdict == "reproduced, at profile short"
+    shuffled = [record("SWRN 40-8-8 shuffled", 1, "short")]
+    assert judge([*short, *shuffled], figure)[0].note == "seen in 3 of 3 runs; with shuffled labels in 1 of 1"
+    editions = [record("SWRN 40-8-8", 0, "short", data) for data in ("CIFAR-10", "CIFAR-10 (JPEG)")]
+    assert judge(editions, figure)[0].n == 1 and judge(editions, figure)[0].records[0].data["source"] == "CIFAR-10"
+
+
+def test_a_part_of_the_training_needs_the_papers_schedule(monkeypatch):
+    monkeypatch.setitem(verdicts.SIGNS, "a pair by 2%", lambda run, folds: True)
+    early = claim(kind="figure", recipe="SWRN 40-8-8", against="", measure="a pair by 2%")
+    for profile, word in (("short", "not run"), ("paper", "reproduced")):
+        assert judge([record("SWRN 40-8-8", seed, profile) for seed in range(3)], early)[0].verdict == word
 
 
 def test_claims_that_runs_do_not_judge():
@@ -258,7 +317,11 @@ def test_claims_name_what_there_is():
 def test_bad_claims_are_refused():
     text = (ROOT / "data/paper/claims.csv").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if ",contrast," in line)
-    for changed, message in ((line.replace(",contrast,", ",guess,"), "unknown kind"), (line, "stands there twice")):
+    for changed, message in (
+        (line.replace(",contrast,", ",guess,"), "unknown kind"),
+        (line, "stands there twice"),
+        ("x,x,x,contrast,s,SCNN,CNN,accuracy,,2,,,,rule,10", "lacks a recipe, a measure or a direction"),
+    ):
         with pytest.raises(ValueError, match=message):
             verdicts.parse_claims(text + changed + "\n")
     with pytest.raises(ValueError, match="no row 'x'"):
@@ -286,6 +349,10 @@ def git(*command):
     return done.stdout if done.returncode == 0 else None
 
 
+JUDGING = ("kind", "study", "recipe", "against", "measure", "better", "margin", "data", "rule")
+"""The parts of a claim that decide its verdict."""
+
+
 def test_every_claim_is_older_than_the_runs_that_judge_it():
     """At the revision of each run, data/paper/claims.csv holds the claim as it is now."""
     if git("rev-parse", "--is-shallow-repository") != "false\n":
@@ -298,9 +365,10 @@ def test_every_claim_is_older_than_the_runs_that_judge_it():
                 text = git("show", f"{revision}:data/paper/claims.csv")
                 assert text is not None, f"{run.path.name}: no claims at {revision}"
                 old[revision] = {row["claim"]: row for row in csv.DictReader(text.splitlines())}
-            now = {name: str(value) for name, value in dataclasses.asdict(verdict.claim).items()}
-            for name, value in old[revision][verdict.claim.claim].items():
-                same = float(value or 0) == float(now[name]) if name == "margin" else value == now[name]
+            then = old[revision][verdict.claim.claim]
+            for name in JUDGING:
+                now = str(getattr(verdict.claim, name))
+                same = float(then[name] or 0) == float(now) if name == "margin" else then[name] == now
                 assert same, f"{verdict.claim.claim}: {name} was changed after {run.path.name}"
             checked += 1
     print(f"{checked} runs are younger than the claims they judge")
