@@ -134,13 +134,14 @@ def _list(arguments: argparse.Namespace) -> int:
         "Estimated time by profile, on one CPU thread / on one GPU such as a T4. CPU times follow from a measured speed, GPU"
     )
     print("times from an assumed one, not measured. * means dropout 0.3. Small profiles use narrower networks.\n")
-    print(f"{'recipe':24} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
+    width = max(map(len, RECIPES))
+    print(f"{'recipe':{width}} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():
         plans = [make_plan(name, profile) for profile in PROFILES]
         cpu, gpu = ([_duration(costs.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
         data = STUDIES[recipe.study].data_told(recipe)
         both = " ".join(f"{f'{mine} / {theirs}':>17}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True))
-        print(f"{name:24} {data:18} {cpu[0]:>8} {both}  {recipe.shows}")
+        print(f"{name:{width}} {data:18} {cpu[0]:>8} {both}  {recipe.shows}")
     return 0
 
 

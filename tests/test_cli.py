@@ -22,7 +22,8 @@ from softshare.studies import RECIPES, find_records, make_plan, study_of, write_
 def test_the_list_names_every_recipe_and_its_cost(capsys):
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
-    lines = {line[:24].strip(): line for line in text.splitlines()}
+    width = next(line for line in text.splitlines() if line.startswith("recipe")).index("data")
+    lines = {line[:width].strip(): line for line in text.splitlines()}
     assert set(RECIPES) <= set(lines) and "not measured" in text
     assert "cifar10, cifar100" in lines["SWRN 28-10-2*"] and "days" in lines["SWRN 28-18*"]
 
