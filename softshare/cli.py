@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="measure speed, pair by pair (softshare bench --help)", add_help=False)
     what = "run what is worth a GPU's time, in order of value, as far as time allows; a second call goes on"
     gpu = commands.add_parser("gpu", help=what, description=what)
-    gpu.add_argument("--minutes", type=float, required=True, help="how much time is available")
+    gpu.add_argument("--minutes", type=float, default=0.0, help="how much time is available; needed unless with --dry")
+    gpu.add_argument("--dry", action="store_true", help="tell what there is to do and how long it takes; start nothing")
     gpu.add_argument(
         "--rehearse",
         action="store_true",
@@ -236,4 +237,7 @@ def _gpu(arguments: argparse.Namespace) -> int:
     device = str(pick_device(arguments.device))
     names = ("runs", "checkpoints", "carry", "download", "rehearse")
     places = gpu_list.Places(device, **{name: getattr(arguments, name) for name in names})
+    if arguments.dry:
+        gpu_list.tell_costs(places)
+        return 0
     return gpu_list.run_list(arguments.minutes, places)

@@ -206,6 +206,32 @@ def run_list(minutes: float, places: Places) -> int:
     return _List(time.monotonic() + 60 * minutes, places).work()
 
 
+def tell_costs(places: Places) -> float:
+    """Print what the list consists of and how long each job is expected to take on this machine; returns the sum in hours.
+
+    Nothing is started. Jobs that are recorded cost nothing; those whose data are not here are named and not counted.
+    """
+    output = _benchmark_output(places)
+    speed = costs.measured_speed(output, quick=places.rehearse) if output else None
+    total = 0.0
+    for entry in entries():
+        hours, waiting, missing = 0.0, 0, 0
+        for job in entry.jobs:
+            try:
+                if not recorded(job, places):
+                    hours += still_needs(job, places, speed) / 3600
+                    waiting += 1
+            except (OSError, ValueError):
+                missing += 1
+        told = f"{waiting} of {len(entry.jobs)} jobs to do" if entry.jobs else "timings"
+        told += f", {missing} without data" if missing else ""
+        print(f"{entry.title:50} {told:34} {hours:9.1f} h", flush=True)
+        total += hours
+    how = "from the speed that was measured on it" if speed else "from an assumed speed, not measured"
+    print(f"{total:.1f} h in all on {_hardware(places)}, {how}")
+    return total
+
+
 class _List:
     """One call of `run_list`."""
 

@@ -171,6 +171,20 @@ def test_a_benchmark_counts_for_its_hardware_and_for_steps_as_they_are_now(tmp_p
     assert found == [(False, speed(105.0)), (False, None), (True, speed(105.0, True))]
 
 
+def test_costs_are_told_before_anything_starts(tmp_path, monkeypatch, images, capsys):
+    jobs = (Job("CNN", 10), Job("CNN", 11), Job("WRN 28-2 cutout", 0, "short"))
+    entries = [Entry("benchmark"), Entry("both", jobs), Entry("big", (Job("SWRN 50-2", 0),))]
+    monkeypatch.setattr(gpu_list, "entries", lambda: entries)
+    monkeypatch.setattr(gpu_list.subprocess, "Popen", lambda command: 1 / 0)
+    places = Places("cpu", tmp_path, tmp_path)
+    expected = sum(gpu_list.still_needs(job, places, None) for job in jobs[1:]) / 3600
+    write_done(jobs[0], tmp_path)
+    assert gpu_list.tell_costs(places) == pytest.approx(expected)
+    output = capsys.readouterr().out
+    assert "2 of 3 jobs to do" in output and "0 of 1 jobs to do, 1 without data" in output
+    assert f"{expected:.1f} h in all on {processor_name()}, from an assumed speed" in output
+
+
 def test_data_are_looked_at_once_per_list(tmp_path, monkeypatch):
     looked = []
 
