@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import TemplateBank, WeightSource
-from .folding import FoldPlan, GroupPlan, WithinChance, block_chains, group_members, plan_fold
+from .folding import FoldPlan, GroupPlan, block_chains, exploring, group_members, plan_fold
 from .models.blocks import RecurrentBlock
 from .sharing import draw_weight_from, give_plain_weight, owner_of_bank, shared_layers
 from .similarity import in_double
@@ -229,8 +228,7 @@ def sweep(
     rows: list[dict[str, Any]] = []
     values: dict[tuple[GroupPlan, ...], float] = {}
     for threshold in thresholds:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WithinChance)  # low thresholds are tried to see what they cost
+        with exploring():
             plan = plan_fold(model, threshold)
         folded = fold(model, plan)
         if plan.groups not in values:

@@ -9,12 +9,13 @@ exact whatever their sign and length. Every step of the unrolled network keeps i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,6 +190,14 @@ class FoldPlan:
 
 class WithinChance(UserWarning):
     """Layers are tied that are no more alike than chance makes them."""
+
+
+@contextlib.contextmanager
+def exploring() -> Iterator[None]:
+    """No `WithinChance` in a ``with`` block, where low thresholds are tried to see what they would do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WithinChance)
+        yield
 
 
 def plan_fold(model: nn.Module, threshold: float) -> FoldPlan:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..folded import fold
-from ..folding import FoldPlan, GroupPlan, plan_fold
+from ..folding import FoldPlan, GroupPlan, exploring, plan_fold
 from ..sharing import banks
 from . import plots
 from .charts import data, sentence
@@ -44,11 +44,12 @@ def folds(
     """
     _check_groups(networks, sweeps)
     thresholds = _common_thresholds(networks, sweeps)
-    plans = {
-        (name, row["threshold"]): plan_fold(networks[name], row["threshold"])
-        for name in networks
-        for row in next(iter(sweeps.values()))[name]
-    }
+    with exploring():
+        plans = {
+            (name, row["threshold"]): plan_fold(networks[name], row["threshold"])
+            for name in networks
+            for row in next(iter(sweeps.values()))[name]
+        }
     picture = _Folds(networks, sweeps, evaluate or {}, thresholds, plans)
     return Moving(
         picture.controls(), picture.chart(), picture.draw,
@@ -238,7 +239,8 @@ class _Folds:
 
     def draw(self, threshold: float, net: str) -> Figure:
         """The same picture with matplotlib, at any threshold, with its error measured on the spot."""
-        plan = plan_fold(self.networks[net], threshold)
+        with exploring():
+            plan = plan_fold(self.networks[net], threshold)
         figure = plots.plan(plan)
         if self.evaluate and (net, plan.groups) not in self.measured:
             folded = fold(self.networks[net], plan)

@@ -7,7 +7,6 @@ network twice, with BatchNorm statistics kept and re-estimated, and writes its o
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from .. import files, models
 from ..folded import sweep
-from ..folding import FoldPlan, WithinChance, plan_fold
+from ..folding import FoldPlan, exploring, plan_fold
 from ..models import Network
 from ..sharing import banks
 from ..training.devices import convolution_kernels, device_of, standard_defaults
@@ -125,6 +124,5 @@ def plan_from_snapshots(record: Record, threshold: float) -> FoldPlan:
     with torch.no_grad():
         for name, bank in banks(model).items():
             bank.coefficients.copy_(torch.from_numpy(last[name]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WithinChance)  # tables put chance beside it
+    with exploring():  # tables put chance beside it
         return plan_fold(model, threshold)

@@ -175,7 +175,7 @@ def test_costs_are_told_before_anything_starts(tmp_path, monkeypatch, images, ca
     jobs = (Job("CNN", 10), Job("CNN", 11), Job("WRN 28-2 cutout", 0, "short"))
     entries = [Entry("benchmark"), Entry("both", jobs), Entry("big", (Job("SWRN 50-2", 0),))]
     monkeypatch.setattr(gpu_list, "entries", lambda: entries)
-    monkeypatch.setattr(gpu_list.subprocess, "Popen", lambda command: 1 / 0)
+    monkeypatch.setattr(gpu_list, "done", lambda *_: 1 / 0)
     places = Places("cpu", tmp_path, tmp_path)
     expected = sum(gpu_list.still_needs(job, places, None) for job in jobs[1:]) / 3600
     write_done(jobs[0], tmp_path)
