@@ -207,13 +207,9 @@ def run_list(minutes: float, places: Places) -> int:
 
 
 def tell_costs(places: Places) -> float:
-    """Print what the list consists of and how long each job is expected to take on this machine; returns the sum in hours.
-
-    Nothing is started. Jobs that are recorded cost nothing; those whose data are not here are named and not counted.
-    """
-    output = _benchmark_output(places)
+    """Print how long the jobs without a record are expected to take on this machine, and start nothing; returns hours."""
+    output, total = _benchmark_output(places), 0.0
     speed = costs.measured_speed(output, quick=places.rehearse) if output else None
-    total = 0.0
     for entry in entries():
         hours, waiting, missing = 0.0, 0, 0
         for job in entry.jobs:
