@@ -67,7 +67,7 @@ LADDER: dict[str, dict[str, Any]] = {
 sharing is the rung below. See `softshare.models.looped`."""
 
 STEPS = (10, 20, 30, 40, 60)
-"""How many steps such a network is tested at, in multiples of the trained ones: 20 are trained."""
+"""How many steps such a network is tested at if 20 are trained, otherwise in proportion."""
 
 HALF = [(), *itertools.combinations(READINGS, 2), tuple(READINGS)]
 """The half-fraction of their combinations: an even number of differences, so that each one stands in half of them, and no
