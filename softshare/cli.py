@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--rehearse",
         action="store_true",
-        help="the same list at toy sizes: about three minutes on two CPU cores",
+        help="the same list at toy sizes, to try every step",
     )
     gpu.add_argument(
         "--carry",
