@@ -64,7 +64,7 @@ def structure_rows(record: Record) -> list[dict[str, str]]:
 
 
 def _folds(record: Record, phase: int, before: float) -> str:
-    """The highest threshold at which layers fold, and what is left; "nothing at 0.5" if there is none."""
+    """The highest threshold at which layers fold, and what is left."""
     layers = sum(len(rows) for rows in coefficients_at(record).values())
     for threshold in reversed(FOLDED_AT):
         left = record.metrics[f"fold{phase}_{threshold:g}_layers"]
