@@ -2,9 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PIP_ARGS ?=
 PROFILE ?= fast
-MINUTES ?= 480
 WORKERS ?= 2
 LAB_ARGS ?=
+REPRODUCE := SEEDS ONLY DATA ENGINE JOBS THREADS DEVICE GPUS HOURS HARDWARE SLURM DOWNLOAD UNTIL RUNS CHECKPOINTS DRY
 
 BIN := .venv/bin
 RUN := $(BIN)/python
@@ -13,7 +13,7 @@ NEEDS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-long lab bench gpu reproduce twins lint clean clean-all
+.PHONY: help book test test-long lab bench reproduce twins lint clean clean-all
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-18s %s\n' "$$a" "$$b"; done
@@ -24,7 +24,7 @@ book: .venv/.has-book ## run every chapter in profile fast and render the book t
 test: .venv/.has-test ## run the quick tests
 	$(RUN) -m pytest -m "not long" -n $(WORKERS) --dist worksteal
 
-test-long: .venv/.has-test ## run the slower tests (chapters, rendering, training), then training again in bfloat16
+test-long: .venv/.has-test .venv/.has-pipeline ## run the slower tests (chapters, rendering, training), then training again in bfloat16
 	$(RUN) -m pytest -m long
 	$(RUN) -m pytest -m "not long" --auto bfloat16 tests/training
 
@@ -35,11 +35,8 @@ lab: .venv/.has-book ## open the chapters in JupyterLab; options go in LAB_ARGS,
 bench: .venv/.has-test ## measure speed, pair by pair (about five minutes), and write data/benchmarks/<hardware>.json
 	$(RUN) -m softshare bench
 
-gpu: .venv/.has-test ## run what is worth a GPU's time, in order of value, for MINUTES=...; resumes where it stopped
-	$(RUN) -m softshare gpu --minutes $(MINUTES) --carry inf
-
-reproduce: .venv/.has-book ## run every chapter headlessly: PROFILE=fast, gpu, short or paper
-	$(RUN) book/build.py execute -p PROFILE=$(PROFILE) --output book/_build/$(PROFILE)
+reproduce: .venv/.has-pipeline ## run all of a profile and build the book from it: PROFILE=fast, gpu, short or paper; DRY=1 lists it
+	$(RUN) book/reproduce.py PROFILE=$(PROFILE) $(foreach name,$(REPRODUCE),$(if $($(name)),"$(name)=$($(name))"))
 
 twins: .venv/.has-book ## rewrite the notebooks for Colab (book/notebooks) and the README's badges
 	$(RUN) book/build.py twins
@@ -70,6 +67,10 @@ $(RUN):
 
 .venv/.has-test: $(NEEDS) .venv/.has-book | $(RUN)
 	$(INSTALL) -e ".[book,test]"
+	@touch $@
+
+.venv/.has-pipeline: $(NEEDS) .venv/.has-book | $(RUN)
+	$(INSTALL) -e ".[pipeline]"
 	@touch $@
 
 .venv/.has-dev: $(NEEDS) | $(RUN)

@@ -144,7 +144,7 @@ def execute(
         start = time.monotonic()
         key = chapter_key(book, name, parameters)  # computed before the run, so that an edit during it is noticed
         try:
-            run_chapter(book, name, parameters, timeout)
+            run_chapter(book, name, book.parameters_of(name, parameters), timeout)
         except BuildError as error:
             failures.append(str(error))
             say(f"{label}: FAILED after {time.monotonic() - start:.1f} s")
@@ -351,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--output", type=Path, help="where executed notebooks go")
         if name != "render":
             command.add_argument("--timeout", type=float, help=f"seconds a cell may take (default: {TIMEOUTS})")
+        what = "chapters to run in profile fast whatever -p says, separated by commas"
+        command.add_argument("--in-fast", default="", metavar="NAMES", help=what)
         if name == "execute":
             command.add_argument("names", nargs="*", metavar="NAME", help="chapters to run (default: all)")
     twins = commands.add_parser("twins")
@@ -363,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise BuildError(f"out of date with the chapters or the address: {', '.join(names)}; run `make twins`")
             say(f"twins: {', '.join(names) or 'up to date'}")
             return 0
-        book, parameters = Book(options.top, options.output), parse_parameters(options.parameters)
+        in_fast = list(filter(None, options.in_fast.split(",")))
+        book, parameters = Book(options.top, options.output, in_fast), parse_parameters(options.parameters)
         if options.command in ("execute", "all"):
             execute(book, parameters, getattr(options, "names", ()), options.timeout)
         if options.command in ("render", "all"):

@@ -34,7 +34,7 @@ def packages() -> dict[str, str]:
         lines = requires("softshare") or []
     except PackageNotFoundError:
         lines = []
-    lines = [line for line in lines if not re.search(r"""extra == ['"](test|dev)['"]""", line)]
+    lines = [line for line in lines if not re.search(r"""extra == ['"](test|dev|pipeline)['"]""", line)]
     names = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0].lower() for line in lines} | {"torch"}
     return {name: installed(name) for name in sorted(names)}
 
@@ -50,11 +50,24 @@ def tree_digest(folder: Path) -> list[list[str]]:
 
 
 def record_digest(book: Book) -> list[list[str]]:
-    """Digests of the published figures, the timings and the committed records, without those of profile fast."""
+    """Digests of the published figures, the timings and the records, without those of profile fast.
+
+    What chapters write themselves does not count either: it is written anew whenever they run.
+    """
     data = book.top / "data"
-    runs = (path for path in (data / "runs").glob("*") if "-fast-" not in path.name)
+    runs = [path for path in (data / "runs").glob("*") if "-fast-" not in path.name and not by_a_chapter(path)]
     files = [*(data / "paper").glob("*"), *(data / "benchmarks").glob("*"), *runs]
     return [[p.relative_to(book.top).as_posix(), file_digest(p)] for p in sorted(files) if p.is_file()]
+
+
+def by_a_chapter(path: Path) -> bool:
+    """Whether a chapter wrote a record, not a job of the pipeline."""
+    if path.suffix != ".json":
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf8")).get("study") in ("findings", "transfer")
+    except (ValueError, AttributeError):
+        return False
 
 
 def data_listing(book: Book) -> list[Any]:
@@ -85,7 +98,7 @@ def chapter_key(book: Book, name: str, parameters: Mapping[str, Any]) -> str:
         "chapter": file_digest(book.folder / f"{name}.md"),
         "package": tree_digest(book.package),
         "constraints": file_digest(book.top / "constraints.txt"),
-        "parameters": dict(parameters),
+        "parameters": book.parameters_of(name, parameters),
         "python": sys.version,
         "installed": packages(),
         "data": data_listing(book),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,27 @@ import yaml
 #: Pages that read the records written by the other chapters: they run last, and again whenever one of those has.
 READERS = ("claims", "results")
 
+#: The recipes whose runs with seed 0 a chapter shows, and those whose folds. Profile fast trains them in the chapter itself.
+SHOWN = {
+    "02-training": {"WRN 28-10": False, "SWRN 28-10-2": False},
+    "03-similarity": {"SWRN 40-8-8": True, "SWRN 40-8-8 with penalty": True},
+    "04-shortest-path": {"CNN": False, "SCNN": False},
+}
+
 
 class Book:
     """The folders of a book. All follow from the project's top folder, so that tests can build a book of their own."""
 
-    def __init__(self, top: Path, output: Path | None = None) -> None:
+    def __init__(self, top: Path, output: Path | None = None, in_fast: Collection[str] = ()) -> None:
         self.top = top.resolve()
         #: Where executed notebooks and their keys go.
         self.output = output.resolve() if output else self.build / "executed"
+        #: Chapters that are run in profile fast whatever profile is asked for.
+        self.in_fast = frozenset(in_fast)
+
+    def parameters_of(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a chapter if these are asked for."""
+        return {**asked, "PROFILE": "fast"} if name in self.in_fast else dict(asked)
 
     @property
     def folder(self) -> Path:

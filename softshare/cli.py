@@ -23,6 +23,7 @@ from .studies import (
     find_records,
     folding,
     gpu_list,
+    jobs,
     make_plan,
     read_record,
     run,
@@ -85,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--carry",
         type=float,
-        default=12.0,
+        default=gpu_list.CARRY,
         metavar="MB",
         help="largest checkpoint that outlives this machine (up to two are kept per run); runs with larger ones are begun "
-        'only if they fit into the time left; default: 12; "inf" where checkpoints stay',
+        "only if they fit into the time left; default: 12",
     )
     gpu.add_argument("--device", help="cpu or cuda; default: cuda if available")
     gpu.add_argument("--runs", default="", help="folder of records")
@@ -235,9 +236,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _gpu(arguments: argparse.Namespace) -> int:
     device = str(pick_device(arguments.device))
-    names = ("runs", "checkpoints", "carry", "download", "rehearse")
-    places = gpu_list.Places(device, **{name: getattr(arguments, name) for name in names})
+    names = ("runs", "checkpoints", "download", "rehearse")
+    places = jobs.Places(device, **{name: getattr(arguments, name) for name in names})
     if arguments.dry:
         gpu_list.tell_costs(places)
         return 0
-    return gpu_list.run_list(arguments.minutes, places)
+    return gpu_list.run_list(arguments.minutes, places, arguments.carry)

@@ -2,7 +2,7 @@
 
 from .bottleneck import resnet200, swrn50, wrn50
 from .building import build
-from .counts import convolutions, multiply_adds, parameters
+from .counts import activations, convolutions, multiply_adds, parameters
 from .densenet import densenet, densenet264
 from .grid import gridnet
 from .names import Network
@@ -12,6 +12,7 @@ from .wide_resnet import swrn, wrn
 
 __all__ = [
     "Network",
+    "activations",
     "build",
     "cell_network",
     "convolutions",

@@ -61,3 +61,33 @@ def _multiply_adds(network: Network, side: int, options: tuple[tuple[str, Any], 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _built(network, dict(options))(images)
     return counter.get_total_flops() // 2
+
+
+def activations(name: str | Network, side: int | None = None, **options: Any) -> int:
+    """Numbers that one example's forward pass keeps for its backward pass: about four bytes each in float32.
+
+    Counted in the plain network in training mode, without an auxiliary head; `side`, options and errors as for
+    `multiply_adds`.
+    """
+    network = name if isinstance(name, Network) else Network.parse(name)
+    side = side or (224 if network.imagenet else 32)
+    return _activations(network.plain, side, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=128)
+def _activations(network: Network, side: int, options: tuple[tuple[str, Any], ...]) -> int:
+    model = _built(network, dict(options))
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no storage takes the place of one that was counted
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    # Two examples: BatchNorm cannot normalise a single one whose feature maps have one pixel.
+    images = torch.zeros(2, 2 if network.grids else 3, side, side, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(images)
+    return sum(storage.nbytes() for storage in kept.values()) // 8

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models import build, convolutions, multiply_adds
+from ..models import activations, build, convolutions, multiply_adds
 from ..sharing import banks
 from ..speed.benchmark import load_benchmark
 from .folding import THRESHOLDS
@@ -28,6 +28,11 @@ CPU: measured (0.36 ms, one thread of an EPYC, recipe DARTS in profile fast); GP
 CAPTURED_SECONDS = 1e-4
 """The same in a captured step, see `softshare.training.graphed`: assumed. The kernels of a grid network with 22 convolutions
 took about 1 ms on an H100; the rest is for evaluation."""
+
+
+CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, DATA_BYTES = 0.8e9, 4e9, 0.6e9
+"""Main memory of a process on the CPU and on a GPU, and of a set of 60,000 images. CPU: measured, see the tests; GPU:
+assumed, not measured."""
 
 
 class Speed(NamedTuple):
@@ -78,6 +83,18 @@ def checkpoint_bytes(plan: Plan) -> int:
     snapshots = 1 + plan.settings.epochs + (SNAPSHOTS - 1) * plan.recipe.dense_epochs
     coefficients = sum(bank.coefficients.numel() for bank in banks(model).values())
     return 4 * (weights * (3 if plan.settings.optimizer == "adam" else 2) + buffers + snapshots * coefficients)
+
+
+def memory_bytes(plan: Plan, gpu: bool) -> float:
+    """An upper estimate of the main memory that one process of a run needs, from its network's activations and parameters.
+
+    On a GPU, batches and weights are in its own memory.
+    """
+    if gpu:
+        return GPU_PROCESS_BYTES + DATA_BYTES
+    side, batch = plan.sizes["side"], plan.settings.batch_size
+    kept = 4 * batch * activations(plan.network, side, **plan.options)
+    return CPU_PROCESS_BYTES + DATA_BYTES + 1.5 * kept + 4 * checkpoint_bytes(plan)
 
 
 def measured_speed(path: Path, quick: bool = False) -> Speed | None:

@@ -50,17 +50,17 @@ def measures(plan: Plan, tasks: Tasks) -> dict[str, Callable[[nn.Module], float]
     return {REESTIMATED: reestimated, KEPT: kept}
 
 
-def fold_identity(record: Record, thresholds: Sequence[float] = THRESHOLDS) -> Identity:
-    """What decides the outcome of `fold_costs`."""
+def fold_identity(of: Identity, thresholds: Sequence[float] = THRESHOLDS) -> Identity:
+    """What decides the outcome of `fold_costs` for the run with that identity."""
     return Identity(
         "folding",
         VERSION,
-        f"fold of {record.recipe}",
-        record.profile,
-        record.seed,
-        record.network,
-        {"of": record.identity.hash, "thresholds": list(thresholds)},
-        record.identity.fingerprint,
+        f"fold of {of.recipe}",
+        of.profile,
+        of.seed,
+        of.network,
+        {"of": of.hash, "thresholds": list(thresholds)},
+        of.fingerprint,
     )
 
 
@@ -79,7 +79,7 @@ def fold_costs(
     error.
     """
     _, plan = plan_of(record)
-    identity = fold_identity(record, thresholds)
+    identity = fold_identity(record.identity, thresholds)
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}
     for way, measure in measures(plan, tasks).items():

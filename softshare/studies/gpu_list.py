@@ -1,8 +1,8 @@
-"""The GPU list: what is worth a GPU's time, in order of value, as far as time allows.
+"""The GPU list: what is worth a GPU's time, in order of value, as far as the minutes reach for which a GPU is lent.
 
-Every run, and every fold of a trained network, is a process of its own under a limit of its own. Runs write checkpoints and,
-at the end, records, so the same command goes on where the last one stopped. A rehearsal executes the same list at toy sizes
-on any machine.
+Every job has a limit of its own; the same command goes on where the last one stopped. A rehearsal executes the list at toy
+sizes on any machine. For a machine that stays, or a cluster, there is the pipeline (`softshare.studies.pipeline`), which
+takes jobs, costs and order from here.
 
 Runs take turns instead of running side by side: on an H100, ten processes that trained grid networks took as long as they
 would have taken one after another.
@@ -18,25 +18,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
 
 from .. import files
 from ..speed.benchmark import default_output, load_benchmark
-from ..training.processor import interpreter, processor_name
-from . import costs, folding
+from . import costs
+from .jobs import STARTUP, Job, Places, has_weights, plan_of_job, print_costs, recorded, still_needs
 from .paths import HALF, LADDER, named
-from .recipes import RECIPES, make_plan, study_of
-from .records import find_records, read_record, record_path
-from .running import checkpoints_folder
-from .study import Plan
-
-STARTUP = 25.0
-"""Seconds that a process needs before its first step and after its last; assumed, not measured."""
+from .recipes import RECIPES
 
 BENCHMARK_SECONDS, BENCHMARK_LIMIT = 90.0, 180.0
 """How long the benchmark is assumed to take on a GPU, and its limit."""
@@ -44,33 +35,10 @@ BENCHMARK_SECONDS, BENCHMARK_LIMIT = 90.0, 180.0
 MARGIN = 1.25
 """A run that cannot go on elsewhere is begun only if this multiple of its expected time is left."""
 
+CARRY = 12.0
+"""The largest checkpoint, in MB, that is taken to outlive a lent machine."""
+
 _WORTH_STARTING = 60.0  # seconds of training
-
-
-class Job(NamedTuple):
-    """One run of the list, or the folds of its network.
-
-    Attributes:
-        recipe, seed: see `softshare.studies.running.train`.
-        profile: "short" or "paper"; a rehearsal uses "fast" instead.
-        data: the data set; None: the recipe's first.
-        folds: whether this folds the trained network at many thresholds, see `softshare.studies.folding`.
-    """
-
-    recipe: str
-    seed: int
-    profile: str = "paper"
-    data: str | None = None
-    folds: bool = False
-
-    def __str__(self) -> str:
-        what = f"{self.recipe}, {self.profile}, seed {self.seed}" + (f", {self.data}" if self.data else "")
-        return f"folds of {what}" if self.folds else what
-
-    @property
-    def run(self) -> Job:
-        """The run whose network this folds; for a run, itself."""
-        return self._replace(folds=False)
 
 
 @dataclass(frozen=True)
@@ -84,66 +52,6 @@ class Entry:
 
     title: str
     jobs: tuple[Job, ...] = ()
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a list runs and what it may use.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        runs: folder of records; the benchmark's goes to its subfolder "benchmarks". Default: data/runs, data/benchmarks.
-        checkpoints: see `softshare.studies.running.checkpoints_folder`.
-        carry: the largest checkpoint, in MB, that will still exist at the next call; up to two are kept per run. A run with
-            a larger one is begun only if it fits into the time left.
-        download: whether to fetch data sets if no copy is found.
-        rehearse: toy sizes of profile "fast", every step executed; of several seeds only the first.
-        fingerprints: of the data of each job, found once.
-
-    Raises RuntimeError inside an application, which has no Python interpreter to start the runs with.
-    """
-
-    device: str = "cpu"
-    runs: str | Path = ""
-    checkpoints: str | Path = ""
-    carry: float = math.inf
-    download: bool = False
-    rehearse: bool = False
-    fingerprints: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for name in ("runs", "checkpoints"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, files.user_path(given) if given else "")
-        self.itself()
-
-    def itself(self) -> list[str]:
-        """The command ``softshare`` of this installation."""
-        python = interpreter()
-        if python is None:
-            raise RuntimeError(
-                f"{sys.executable!r} is not a Python interpreter, so it cannot start runs; call `softshare gpu`"
-            )
-        return [python, "-m", "softshare"]
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.device.startswith("cuda")
-
-    def command(self, job: Job) -> list[str]:
-        """The command that does a job in a separate process."""
-        profile = "fast" if self.rehearse else job.profile
-        command = [*self.itself(), "fold" if job.folds else "run", job.recipe, "--seed", str(job.seed)]
-        command += ["--profile", profile, "--device", self.device]
-        command += ["--runs", str(self.runs), "--checkpoints", str(self.checkpoints)]
-        command += ["--data", job.data] if job.data and not self.rehearse else []
-        command += ["--rehearse"] * self.rehearse
-        if job.folds:
-            return [*command, "--sweep"]
-        # Checkpoints that outlive this machine are worth writing often.
-        often = costs.checkpoint_bytes(_plan(job, self)) <= 12e6
-        command += ["--checkpoint-seconds", "20"] if often else []
-        return command + ["--download"] * self.download + ["--quiet"] * self.rehearse
 
 
 def entries() -> list[Entry]:
@@ -188,51 +96,37 @@ def entries() -> list[Entry]:
     return found
 
 
-def run_list(minutes: float, places: Places) -> int:
+def run_list(minutes: float, places: Places, carry: float = CARRY) -> int:
     """Work down the list: do what is expected to fit into the time left, start what a later call can continue, skip the
     rest.
 
-    Jobs that were stopped at their limit get a second turn at the end. Returns 0, or 1 if a job failed by itself.
+    A run whose checkpoints are larger than `carry` MB, of which up to two are kept, is begun only if it fits into the time
+    left. Returns 0, or 1 if a job failed by itself.
 
     Raises:
-        ValueError: minutes or `Places.carry` that are not above 0.
+        ValueError: `minutes` or `carry` that are not above 0.
         OSError: nothing can be written to a folder of `places`.
     """
-    if not minutes > 0 or not places.carry > 0:
-        raise ValueError(f"minutes and carry must be above 0, got {minutes} and {places.carry}")
+    if not minutes > 0 or not carry > 0:
+        raise ValueError(f"minutes and carry must be above 0, got {minutes} and {carry}")
     for folder in (places.runs, places.checkpoints):
         if folder:
             files.writable(Path(folder))
-    return _List(time.monotonic() + 60 * minutes, places).work()
+    return _List(time.monotonic() + 60 * minutes, places, carry).work()
 
 
 def tell_costs(places: Places) -> float:
     """Print how long the jobs without a record are expected to take on this machine, and start nothing; returns hours."""
-    output, total = _benchmark_output(places), 0.0
+    output = benchmark_output(places)
     speed = costs.measured_speed(output, quick=places.rehearse) if output else None
-    for entry in entries():
-        hours, waiting, missing = 0.0, 0, 0
-        for job in entry.jobs:
-            try:
-                if not recorded(job, places):
-                    hours += still_needs(job, places, speed) / 3600
-                    waiting += 1
-            except (OSError, ValueError):
-                missing += 1
-        told = f"{waiting} of {len(entry.jobs)} jobs to do" if entry.jobs else "timings"
-        told += f", {missing} without data" if missing else ""
-        print(f"{entry.title:50} {told:34} {hours:9.1f} h", flush=True)
-        total += hours
-    how = "from the speed that was measured on it" if speed else "from an assumed speed, not measured"
-    print(f"{total:.1f} h in all on {_hardware(places)}, {how}")
-    return total
+    return print_costs([(entry.title, entry.jobs) for entry in entries() if entry.jobs], places, speed)
 
 
 class _List:
     """One call of `run_list`."""
 
-    def __init__(self, deadline: float, places: Places) -> None:
-        self.deadline, self.places = deadline, places
+    def __init__(self, deadline: float, places: Places, carry: float) -> None:
+        self.deadline, self.places, self.carry = deadline, places, carry
         self.outcomes: dict[tuple[str, str], str] = {}  # by entry and job
         self.speed: costs.Speed | None = None
 
@@ -250,12 +144,6 @@ class _List:
                         self.attempt("pairwise timings", entry, self.benchmark)
                 for job, entry in jobs:
                     self.attempt(self.named(job), entry, partial(self.outcome, job, entry))
-                for job, entry in jobs:
-                    if (
-                        self.outcomes[entry.title, self.named(job)].startswith(_STOPPED)
-                        and self.left() > _WORTH_STARTING
-                    ):
-                        self.attempt(self.named(job), entry, partial(self.outcome, job, entry))
         finally:
             print(f"\n{'entry':50} {'job':44} outcome")
             for (title, what), outcome in self.outcomes.items():
@@ -283,34 +171,41 @@ class _List:
             return "already recorded"
         if job.folds and not recorded(job.run, places):
             return "skipped: its network is not trained yet"
-        if job.folds and not any(checkpoints_folder(_path(job.run, places), places.checkpoints).glob("step-*")):
+        if job.folds and not has_weights(job, places):
             return "skipped: the weights of its network are not here"
         needs = whole = still_needs(job, places, self.speed)
-        goes_on = not job.folds and costs.checkpoint_bytes(_plan(job, places)) <= 1e6 * places.carry
+        size = costs.checkpoint_bytes(plan_of_job(job, places))
+        # Checkpoints that outlive this machine are worth writing often.
+        command = places.command(job, 20.0 if size <= 1e6 * min(CARRY, self.carry) else 120.0)
+        goes_on = not job.folds and size <= 1e6 * self.carry
         if goes_on and self.left() > STARTUP + _WORTH_STARTING:
-            return done(places.command(job), min(self.left(), 120 + 2 * needs), "the same command goes on")
+            return done(command, min(self.left(), 120 + 2 * needs), "the same command goes on")
         # What is made of its weights must fit, too.
         whole += sum(still_needs(each, places, self.speed) for each in entry.jobs if each.folds and each.run == job)
         if MARGIN * whole > self.left():
             return f"skipped: needs about {math.ceil(whole / 60)} min, {self.left() / 60:.1f} min left"
-        return done(places.command(job), self.left(), "it starts afresh next time")
+        return done(command, self.left(), "it starts afresh next time")
 
     def benchmark(self) -> str:
-        output, rehearse = _benchmark_output(self.places), self.places.rehearse
+        output, rehearse = benchmark_output(self.places), self.places.rehearse
         if output and _is_full_benchmark(output):
             outcome = "already recorded"
         elif self.left() < BENCHMARK_SECONDS and not rehearse:
             outcome = f"skipped: needs about {BENCHMARK_SECONDS:.0f} s"
         else:
-            command = [*self.places.itself(), "bench", "--device", self.places.device.partition(":")[0]]
+            command = [
+                self.places.python(),
+                "-m",
+                "softshare",
+                "bench",
+                "--device",
+                self.places.device.partition(":")[0],
+            ]
             command += ["--quick"] if rehearse else ["--rounds", "5", "--no-compile"]
             command += ["--output", str(output)] if output else []
             outcome = done(command, min(BENCHMARK_LIMIT, self.left()), "it starts afresh next time")
         self.speed = costs.measured_speed(output, quick=rehearse) if output else None
         return outcome
-
-
-_STOPPED = "stopped at its limit"
 
 
 def done(command: Sequence[str], limit: float, next_time: str) -> str:
@@ -322,7 +217,7 @@ def done(command: Sequence[str], limit: float, next_time: str) -> str:
         # One second at a time: Python would not see a signal that arrives just before an endless wait.
         while (status := process.poll()) is None:
             if time.monotonic() - started >= limit:
-                return f"{_STOPPED} of {limit:.0f} s; {next_time}"
+                return f"stopped at its limit of {limit:.0f} s; {next_time}"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(min(1.0, max(0.01, limit)))
     finally:
@@ -364,78 +259,9 @@ def _held_back() -> Iterator[None]:
             signal.raise_signal(received[0])
 
 
-def _plan(job: Job, places: Places) -> Plan:
-    return make_plan(job.recipe, "fast" if places.rehearse else job.profile, job.seed, places.rehearse)
-
-
-def _path(job: Job, places: Places) -> Path:
-    """Where the record of a job is or will be; for folds, their run must have its record."""
-    plan = _plan(job, places)
-    study, data = study_of(plan), None if places.rehearse else job.data
-    key = (plan.recipe.study, plan.recipe.data, plan.profile, plan.seed, data)
-    if key not in places.fingerprints:
-        places.fingerprints[key] = study.fingerprint(plan, data, places.download)
-    path = record_path(study.identity(plan, places.fingerprints[key]), places.runs)
-    return record_path(folding.fold_identity(read_record(path)), places.runs) if job.folds else path
-
-
-def recorded(job: Job, places: Places) -> bool:
-    """Whether a job has its record, for the data found on this machine; for folds, of the network that is recorded now.
-
-    Raises ValueError for a damaged record.
-    """
-    if job.folds and not _path(job.run, places).exists():
-        return False
-    path = _path(job, places)
-    if not path.exists():
-        return False
-    try:
-        record = read_record(path)
-        if record.snapshots:
-            record.similarity()
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error}; move {path.name} away to have it made again") from error
-    of = record.execution.get("record folded")
-    return not job.folds or of in (None, files.file_checksum(_path(job.run, places)))
-
-
-def still_needs(job: Job, places: Places, speed: costs.Speed | None) -> float:
-    """Expected seconds of a job, minus the share that its newest checkpoint has done.
-
-    They are those of the slowest run that differs only by its seed on this hardware, if there is a record of one; otherwise
-    they follow from the network's multiply-adds and `speed`, as in `softshare.studies.costs`.
-    """
-    plan = _plan(job, places)
-    if job.folds:
-        return STARTUP + costs.fold_seconds(plan, places.on_cuda, speed)
-    seconds = _measured(job, places) or costs.expected_seconds(plan, places.on_cuda, speed)
-    steps = plan.settings.epochs * math.ceil(study_of(plan).examples(plan) / plan.settings.batch_size)
-    folder = checkpoints_folder(_path(job, places), places.checkpoints)
-    found = [int(path.name[5:13]) for path in folder.glob("step-*.safetensors") if path.name[5:13].isdecimal()]
-    return STARTUP + (1 - min(1.0, max(found, default=0) / steps)) * seconds
-
-
-def _measured(job: Job, places: Places) -> float | None:
-    """How long the slowest recorded run took that differs from a job only by its seed or data set, on this hardware."""
-    plan, folder = _plan(job, places), _path(job, places).parent
-    chosen = study_of(plan).identity(plan).chosen
-    runs = [
-        record.execution
-        for record in find_records(folder, job.recipe, plan.profile)
-        if record.identity.chosen == chosen and record.recipe == plan.recipe.name
-    ]
-    # The seconds of a run that was interrupted count all its processes, which may have been elsewhere.
-    alike = [run for run in runs if run.get("hardware") == _hardware(places) and "earlier" not in run]
-    return max((float(run["seconds"]) for run in alike if "seconds" in run), default=None)
-
-
-def _hardware(places: Places) -> str:
-    return torch.cuda.get_device_name(places.device) if places.on_cuda else processor_name()
-
-
-def _benchmark_output(places: Places) -> Path | None:
+def benchmark_output(places: Places) -> Path | None:
     """Where the benchmark of this hardware is or will be; None for a rehearsal that leaves none."""
-    usual = default_output(_hardware(places))
+    usual = default_output(places.hardware)
     if places.runs:
         return Path(places.runs) / "benchmarks" / usual.name
     return None if places.rehearse else usual

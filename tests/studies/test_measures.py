@@ -90,7 +90,7 @@ def test_half_as_many_layers_needs_a_fold(tmp_path):
     record = with_snapshots(tmp_path, {0.0: torch.randn(10, 8), 30.0: alike})
 
     def sign(distinct, change, of=record):
-        identity = folding.fold_identity(of, (0.8,))
+        identity = folding.fold_identity(of.identity, (0.8,))
         metrics = {"layers": 30, "distinct_at_0.8": distinct, "reestimated_change_at_0.8": change}
         fold = write_record(identity, metrics, data=record.data, runs=tmp_path)
         return measures.sign_of("half as many layers", record, [record, fold])
