@@ -77,14 +77,15 @@ class Engine:
         return command + (self._slurm() if self.slurm else self._here())
 
     def _slurm(self) -> list[str]:
-        submit = (
-            "sbatch --parsable --job-name={rule}-{wildcards.name} --cpus-per-task={threads} --mem={resources.mem_mb} "
-            "--time={resources.runtime} --output={params.logs:q}/{wildcards.name}.slurm --open-mode=append "
-            f"{{resources.devices}} {self.sbatch}"
-        )
+        submit = [
+            "sbatch --parsable --no-requeue --open-mode=append --job-name={rule}-{wildcards.name}",
+            "--cpus-per-task={threads} --mem={resources.mem_mb} --time={resources.runtime}",
+            "--output={params.logs:q}/{wildcards.name}.slurm {resources.devices}",
+            self.sbatch,
+        ]
         status = shlex.join([sys.executable, str(BOOK / "slurm_status.py")])
         command = ["--executor", "cluster-generic", "--jobs", str(self.jobs or 100), "--latency-wait", "60"]
-        command += ["--cluster-generic-submit-cmd", submit, "--cluster-generic-status-cmd", status]
+        command += ["--cluster-generic-submit-cmd", " ".join(submit), "--cluster-generic-status-cmd", status]
         return [*command, "--cluster-generic-cancel-cmd", "scancel", "--seconds-between-status-checks", "5"]
 
     def _here(self) -> list[str]:

@@ -22,7 +22,7 @@ from freshness import chapter_key, digest_of, record_digest
 from places import READERS, SHOWN, Book
 
 from softshare.speed.benchmark import default_output
-from softshare.studies import costs, pipeline, runs_folder
+from softshare.studies import RECIPES, costs, pipeline, runs_folder
 from softshare.studies.jobs import Job, Places, has_weights, recorded
 from softshare.studies.pipeline import Listed, Machine
 from softshare.training.devices import pick_device
@@ -124,7 +124,7 @@ def split(text: str) -> list[str]:
 
 def records_plan(options: Options) -> tuple[list[Listed], dict[str, Any]]:
     """The list of jobs, and the plan of the Snakefile's first part."""
-    runs = [(Job(recipe, 0, options.PROFILE), folds) for shown in SHOWN.values() for recipe, folds in shown.items()]
+    runs = [(shown_run(recipe, options), folds) for shown in SHOWN.values() for recipe, folds in shown.items()]
     shown = [job._replace(folds=each) for job, folds in runs for each in ((False, True) if folds else (False,))]
     jobs = pipeline.jobs_of(
         options.PROFILE,
@@ -143,6 +143,11 @@ def records_plan(options: Options) -> tuple[list[Listed], dict[str, Any]]:
         "again": [row.step["name"] for row in rows if row.step and not row.done and Path(row.step["output"]).exists()],
     }
     return rows, plan
+
+
+def shown_run(recipe: str, options: Options) -> Job:
+    """The run of a recipe that a chapter shows."""
+    return Job(recipe, 0, options.PROFILE, next(iter(RECIPES[recipe].data), None))
 
 
 def book_plan(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
@@ -178,7 +183,7 @@ def in_fast(options: Options) -> dict[str, str]:
     found = {}
     for name, runs in SHOWN.items():
         for recipe in runs:
-            job = Job(recipe, 0, options.PROFILE)
+            job = shown_run(recipe, options)
             try:
                 there = recorded(job, options.places)
                 if not there or (name != "02-training" and not has_weights(job, options.places)):

@@ -123,14 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
-
-
 def _list(arguments: argparse.Namespace) -> int:
     print(
         "Estimated time by profile, on one CPU thread / on one GPU such as a T4. CPU times follow from a measured speed, GPU"
@@ -140,7 +132,7 @@ def _list(arguments: argparse.Namespace) -> int:
     print(f"{'recipe':{width}} {'data':18} {'fast':>8} {'gpu':>17} {'short':>17} {'paper':>17}  shows")
     for name, recipe in RECIPES.items():
         plans = [make_plan(name, profile) for profile in PROFILES]
-        cpu, gpu = ([_duration(costs.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
+        cpu, gpu = ([costs.duration(costs.expected_seconds(plan, which)) for plan in plans] for which in (False, True))
         data = STUDIES[recipe.study].data_told(recipe)
         both = " ".join(f"{f'{mine} / {theirs}':>17}" for mine, theirs in zip(cpu[1:], gpu[1:], strict=True))
         print(f"{name:{width}} {data:18} {cpu[0]:>8} {both}  {recipe.shows}")

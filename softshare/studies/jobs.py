@@ -160,16 +160,22 @@ def has_weights(job: Job, places: Places) -> bool:
     return any(checkpoints_folder(path_of(job.run, places), places.checkpoints).glob("step-*"))
 
 
+def expected(job: Job, places: Places, speed: costs.Speed | None) -> float:
+    """Expected seconds of a job from its beginning, from its network's multiply-adds and `speed`; needs no data."""
+    plan = plan_of_job(job, places)
+    estimate = costs.fold_seconds if job.folds else costs.expected_seconds
+    return STARTUP + estimate(plan, places.on_cuda, speed)
+
+
 def still_needs(job: Job, places: Places, speed: costs.Speed | None) -> float:
     """Expected seconds of a job, minus the share that its newest checkpoint has done.
 
     They are those of the slowest run that differs only by its seed on this hardware, if there is a record of one; otherwise
-    they follow from the network's multiply-adds and `speed`, as in `softshare.studies.costs`.
+    `expected`.
     """
-    plan = plan_of_job(job, places)
     if job.folds:
-        return STARTUP + costs.fold_seconds(plan, places.on_cuda, speed)
-    seconds = _measured(job, places) or costs.expected_seconds(plan, places.on_cuda, speed)
+        return expected(job, places, speed)
+    seconds = _measured(job, places) or expected(job, places, speed) - STARTUP
     return STARTUP + (1 - share_done(job, places)) * seconds
 
 
@@ -201,20 +207,20 @@ def _measured(job: Job, places: Places) -> float | None:
 
 
 def print_costs(groups: Iterable[tuple[str, Sequence[Job]]], places: Places, speed: costs.Speed | None) -> float:
-    """Print by group how many jobs lack their record, and the hours that they are expected to take; returns their sum."""
+    """Print by group how many jobs lack their record, and how long they are expected to take; returns hours in all."""
     total = 0.0
     for title, jobs in groups:
-        hours, waiting, without = 0.0, 0, 0
+        seconds, waiting, without = 0.0, 0, 0
         for job in jobs:
             try:
                 if not recorded(job, places):
-                    hours += still_needs(job, places, speed) / 3600
+                    seconds += still_needs(job, places, speed)
                     waiting += 1
             except (OSError, ValueError):
                 without += 1
         told = f"{waiting} of {len(jobs)} jobs to do" + (f", {without} without data" if without else "")
-        print(f"{title:50} {told:34} {hours:9.1f} h", flush=True)
-        total += hours
-    how = "from the speed that was measured on it" if speed else "from an assumed speed, not measured"
-    print(f"{total:.1f} h in all on {places.hardware}, {how}")
-    return total
+        print(f"{title:50} {told:34} {costs.duration(seconds) if seconds else '':>9}", flush=True)
+        total += seconds
+    how = "at the speed measured on it" if speed else "at an assumed speed, not measured"
+    print(f"{costs.duration(total)} in all on {places.hardware}, {how}")
+    return total / 3600

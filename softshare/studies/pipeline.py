@@ -1,8 +1,8 @@
 """The pipeline's plan: the recipes, seeds and data sets of a profile as jobs, and what each needs of a machine.
 
-`make reproduce` writes it, and the Snakefile at the top of the checkout carries it out, on one machine or through a cluster's
-queue. What has its record is up to date; since a record's name stands for everything that decides its outcome, nothing else has
-to be compared.
+`make reproduce` writes it, and the Snakefile at the top of the checkout carries it out, on one machine or through a
+cluster's queue. What has its record is up to date: a record's name stands for everything that decides its outcome, so
+nothing else has to be compared.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import itertools
 import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .. import images
 from ..files import user_path
 from . import costs
+from .costs import duration
 from .gpu_list import entries
-from .jobs import Job, Places, has_weights, path_of, plan_of_job, recorded, still_needs, total_steps
+from .jobs import Job, Places, expected, has_weights, path_of, plan_of_job, recorded, still_needs, total_steps
 from .recipes import RECIPES
 from .records import check_profile
 from .running import checkpoints_folder
@@ -61,6 +61,8 @@ class Listed:
         why_not: why it is left out; "" if it is not.
         done: whether it has its record.
         seconds: still expected on one GPU, or on the CPU.
+        gpus: how many it gets.
+        memory: main memory that it needs, in bytes.
         step: what the Snakefile needs to know; None if it is left out.
     """
 
@@ -68,7 +70,13 @@ class Listed:
     why_not: str = ""
     done: bool = False
     seconds: float = 0.0
+    gpus: int = 0
+    memory: float = 0.0
     step: dict[str, Any] | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self.step is not None and not self.done
 
 
 def parse_seeds(text: str) -> list[int] | int | None:
@@ -184,28 +192,38 @@ def _order() -> dict[str, int]:
 
 def listed(jobs: Iterable[Job], places: Places, machine: Machine) -> list[Listed]:
     """What is to be done about each job. A missing data set or a damaged record leaves out the jobs that need it."""
-    jobs, found = list(jobs), []
-    for number, job in enumerate(jobs):
-        try:
-            done = recorded(job, places)
-            if job.folds and not done and recorded(job.run, places) and not has_weights(job, places):
-                found.append(Listed(job, "its network was trained elsewhere: the weights are not here"))
-                continue
-            seconds = 0.0 if done else still_needs(job, places, machine.speed)
-            found.append(Listed(job, "", done, seconds, _step(job, places, machine, seconds, len(jobs) - number)))
-        except (OSError, ValueError) as error:
-            found.append(Listed(job, str(error)))
-    return found
+    jobs = list(jobs)
+    return [_listed(job, places, machine, len(jobs) - number) for number, job in enumerate(jobs)]
 
 
-def _step(job: Job, places: Places, machine: Machine, seconds: float, priority: int) -> dict[str, Any]:
-    plan, path = plan_of_job(job, places), path_of(job, places)
+def _listed(job: Job, places: Places, machine: Machine, priority: int) -> Listed:
+    plan, why_not, done = plan_of_job(job, places), "", False
+    try:
+        done = recorded(job, places)
+        if job.folds and not done and recorded(job.run, places) and not has_weights(job, places):
+            why_not = "their networks were trained elsewhere, so the weights are not here"
+    except (OSError, ValueError) as error:
+        why_not = str(error).replace(job.recipe, "a network", 1)
+    if done:
+        seconds = 0.0
+    elif why_not:
+        seconds = expected(job, places, machine.speed)
+    else:
+        seconds = still_needs(job, places, machine.speed)
     gpus = 0 if machine.gpus == 0 else 1 if job.folds else gpus_for(seconds, machine.gpus, machine.hours)
+    memory = costs.memory_bytes(plan, places.on_cuda) * max(1, gpus)
+    found = Listed(job, why_not, done, seconds, gpus, memory)
+    return found if why_not else replace(found, step=_step(found, places, machine, priority))
+
+
+def _step(found: Listed, places: Places, machine: Machine, priority: int) -> dict[str, Any]:
+    job, gpus = found.job, found.gpus
+    plan, path = plan_of_job(job, places), path_of(job, places)
+    seconds = found.seconds / max(1, gpus)
     streamed = plan.recipe.study == "imagenet"
-    threads = machine.threads or (1 if not gpus else 12 * gpus if streamed else 4)
-    # What an interruption costs stays below a twentieth of the run, and writing them below a hundredth.
+    # What an interruption costs stays below a twentieth of the run, and two minutes.
     often = min(120.0, max(2.0, math.floor(seconds / 20)))
-    limit = min(SLACK * seconds / max(1, gpus) + 300, 3600 * machine.hours)
+    limit = min(SLACK * seconds + 300, 3600 * machine.hours)
     return {
         "name": path.stem,
         "title": str(job),
@@ -214,11 +232,11 @@ def _step(job: Job, places: Places, machine: Machine, seconds: float, priority: 
         "command": shlex.join(places.command(job, often, gpus)),
         "checkpoints": str(checkpoints_folder(path, places.checkpoints)),
         "steps": 0 if job.folds else total_steps(plan),
-        "seconds": round(seconds / max(1, gpus), 1),
+        "seconds": round(seconds, 1),
         "minutes": math.ceil(limit / 60),
-        "attempts": 1 + math.ceil(seconds / max(1, gpus) / limit),
-        "memory": math.ceil(costs.memory_bytes(plan, places.on_cuda) * max(1, gpus) / 1e6),
-        "threads": threads,
+        "attempts": 1 + math.floor(seconds / limit),
+        "memory": math.ceil(found.memory / 1e6),
+        "threads": machine.threads or (1 if not gpus else 12 * gpus if streamed else 4),
         "gpus": gpus,
         "priority": priority,
     }
@@ -251,24 +269,31 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def print_list(rows: Sequence[Listed], machine: Machine, hardware: str) -> float:
-    """Print the jobs by recipe and data set with their hours, memory and GPUs, and the sums; returns hours of work."""
+    """Print the jobs by recipe and data set with their time, memory and GPUs, and the sums; returns hours to do."""
     groups: dict[str, list[Listed]] = {}
     for row in rows:
         groups.setdefault(_what(row.job), []).append(row)
     width = max(map(len, groups))
-    print(f"{'jobs':{width}}  {'seeds':12} {'to do':>9} {'hours each':>11} {'hours':>9} {'GB':>6} {'GPUs':>4}")
+    print(f"{'jobs':{width}}  {'seeds':12} {'to do':>9} {'each':>8} {'in all':>8} {'memory':>8} {'GPUs':>4}")
     for what, each in groups.items():
-        steps = [row.step for row in each if row.step and not row.done]
-        told = f"{what:{width}}  {_ranges(row.job.seed for row in each):12} {f'{len(steps)} of {len(each)}':>9}"
-        if steps:
-            hours = sum(row.seconds for row in each) / 3600
-            memory, gpus = (max(step[name] for step in steps) for name in ("memory", "gpus"))
-            told += f" {hours / len(steps):>11.2f} {hours:>9.1f} {memory / 1000:>6.1f} {gpus:>4}"
+        told = f"{sum(row.waiting for row in each)} of {len(each)}"
+        told = f"{what:{width}}  {_ranges(row.job.seed for row in each):12} {told:>9}"
+        if left := [row for row in each if not row.done]:
+            seconds = sum(row.seconds for row in left)
+            memory, gpus = (max(getattr(row, name) for row in left) for name in ("memory", "gpus"))
+            told += (
+                f" {duration(seconds / len(left)):>8} {duration(seconds):>8} {f'{memory / 1e9:.1f} GB':>8} {gpus:>4}"
+            )
         print(told)
-    for reason, count in Counter(row.why_not for row in rows if row.why_not).items():
-        print(f"left out, {count} job{'s' * (count > 1)}: {reason}")
-    waiting = [row for row in rows if row.step and not row.done]
-    hours = sum(row.seconds for row in waiting) / 3600
+    reasons: dict[str, list[Listed]] = {}
+    for row in rows:
+        if row.why_not:
+            reasons.setdefault(row.why_not, []).append(row)
+    for reason, each in reasons.items():
+        some = f"{len(each)} job{'s' * (len(each) > 1)} ({duration(sum(row.seconds for row in each))})"
+        print(f"left out, {some}: {reason}")
+    waiting = [row for row in rows if row.waiting]
+    seconds = sum(row.seconds for row in waiting)
     how = "at the speed measured on it" if machine.speed else "at an assumed speed, not measured"
-    print(f"{len(waiting)} of {len(rows)} jobs to do, {hours:.1f} hours if one at a time on {hardware}, {how}")
-    return hours
+    print(f"{len(waiting)} of {len(rows)} jobs to do: {duration(seconds)} one after another on one {hardware}, {how}")
+    return seconds / 3600
