@@ -65,7 +65,7 @@ def expected_seconds(plan: Plan, gpu: bool, speed: Speed | None = None) -> float
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits them: "9 s", "12 min", "3.5 h", "40 days"."""
     if seconds < 90:
-        return f"{max(1, round(seconds))} s"
+        return f"{max(1, round(seconds)) if seconds else 0} s"
     if seconds < 5400:
         return f"{round(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"

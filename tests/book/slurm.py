@@ -73,7 +73,7 @@ def call(*command: str) -> str:
 
 @contextlib.contextmanager
 def one_node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Start munge, the controller and the node; yields the environment in which the commands find them. Ended by their ids."""
+    """Start munge, the controller and the node, and end them by their ids; yields the environment for the commands."""
     folder.mkdir(parents=True)
     for name in ("state", "spool", "munge"):
         (folder / name).mkdir(mode=0o700)
@@ -97,9 +97,7 @@ def one_node(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         for command in daemons:
             with (folder / f"{command[0]}.out").open("w") as output:
                 processes.append(
-                    subprocess.Popen(
-                        [program(command[0]), *command[1:]], stdout=output, stderr=output, env=environment
-                    )
+                    subprocess.Popen([program(command[0]), *command[1:]], stdout=output, stderr=output, env=environment)
                 )
             if command[0] == "munged":
                 wait(lambda: (folder / "munge.socket").exists(), folder)
