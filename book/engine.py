@@ -145,7 +145,7 @@ class Watch:
 
     def __init__(self, steps: Sequence[Mapping[str, Any]], again: Sequence[str] = ()) -> None:
         self.started = self.told = time.monotonic()
-        self.steps = [step for step in steps if step["name"] in again or not Path(step["output"]).exists()]
+        self.steps = [step for step in steps if step["output"] in again or not Path(step["output"]).exists()]
         self.open = list(self.steps)
         self.before = {step["name"]: (mtime(Path(step["output"])), sizes(step)) for step in steps}
         self.first = self.work()

@@ -18,6 +18,9 @@ SHOWN = {
     "04-shortest-path": {"CNN": False, "SCNN": False},
 }
 
+#: The chapters that need the trained weights of these runs, too.
+TRAINED = ("03-similarity", "04-shortest-path")
+
 
 class Book:
     """The folders of a book. All follow from the project's top folder, so that tests can build a book of their own."""

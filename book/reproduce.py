@@ -13,14 +13,16 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from build import BuildError, say
 from engine import Engine, carry_out, terminated_like_ctrl_c
-from freshness import chapter_key, digest_of, record_digest
-from places import READERS, SHOWN, Book
+from freshness import chapter_key, digest_of, is_current, last_time, record_digest
+from places import READERS, SHOWN, TRAINED, Book
 
+from softshare.files import user_path
 from softshare.speed.benchmark import default_output
 from softshare.studies import RECIPES, costs, pipeline, runs_folder
 from softshare.studies.jobs import Job, Places, has_weights, recorded
@@ -75,14 +77,16 @@ class Options:
 
     @property
     def pages(self) -> Path:
-        """Where the plan, logs and executed chapters of this profile go."""
+        """Where the plan, logs and executed chapters of this profile go; with records elsewhere, beside these."""
+        if self.RUNS:
+            return user_path(self.RUNS).resolve() / "pipeline"
         return TOP / "book" / "_build" / (self.PROFILE if self.PROFILE != "fast" else "executed")
 
-    @property
+    @cached_property
     def places(self) -> Places:
         return Places(self.device, self.RUNS, self.CHECKPOINTS, bool(self.DOWNLOAD))
 
-    @property
+    @cached_property
     def machine(self) -> Machine:
         folder = TOP / "data" / "benchmarks"
         path = folder / f"{self.HARDWARE}.json"
@@ -140,7 +144,9 @@ def records_plan(options: Options) -> tuple[list[Listed], dict[str, Any]]:
         "runs": [step for step in steps if step["name"] not in folds],
         "folds": [step for step in steps if step["name"] in folds],
         # Folds of weights that were trained again since.
-        "again": [row.step["name"] for row in rows if row.step and not row.done and Path(row.step["output"]).exists()],
+        "again": [
+            row.step["output"] for row in rows if row.step and not row.done and Path(row.step["output"]).exists()
+        ],
     }
     return rows, plan
 
@@ -158,20 +164,30 @@ def book_plan(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
     python, build = sys.executable, str(TOP / "book" / "build.py")
     tail = ["-p", f"PROFILE={options.PROFILE}", "--output", str(options.pages)]
     tail += ["--in-fast", ",".join(why)] if why else []
-    digest = digest_of(record_digest(book))[:12]
     steps: list[dict[str, Any]] = []
     for name in book.chapters():
         label = f"{name}-{chapter_key(book, name, parameters)[:12]}"
-        others = [step["output"] for step in steps] if name in READERS else []
-        steps.append({
-            "name": label, "title": name, "output": str(options.pages / f"{label}.done"), "needs": others,
+        output = options.pages / f"{label}.done"
+        for old in options.pages.glob(f"{name}-*.done"):
+            if old != output or not is_current(book, name, parameters):
+                old.unlink()
+        step = {
+            "name": label,
+            "title": f"chapter {name}",
+            "output": str(output),
+            "needs": [step["output"] for step in steps] if name in READERS else [],
             "command": shlex.join([python, build, "execute", *tail, name]),
-            "minutes": 60 if options.PROFILE == "fast" else 24 * 60, "memory": 6000, "priority": 1,
-            "threads": int(options.THREADS or 1), "gpus": min(1, options.machine.gpus),
-        })  # fmt: skip
+            "seconds": last_time(book, name) or 60.0,
+            "minutes": 60 if options.PROFILE == "fast" else 24 * 60,
+            "memory": 6000,
+            "threads": options.machine.threads or 1,
+            "gpus": min(1, options.machine.gpus),
+            "priority": 1,
+        }
+        steps.append(dressed(step, options))
     plan = frame(options) | {
-        "chapters": [dressed(step, options) for step in steps],
-        "digest": digest,
+        "chapters": steps,
+        "digest": digest_of(record_digest(book))[:12],
         "report": shlex.join([python, "-m", "softshare", "report"]),
         "render": shlex.join([python, build, "render", *tail]),
     }
@@ -180,16 +196,17 @@ def book_plan(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
 
 def in_fast(options: Options) -> dict[str, str]:
     """The chapters whose runs have no record at the profile, or no weights here, with the run that is missing."""
-    found = {}
-    for name, runs in SHOWN.items():
-        for recipe in runs:
-            job = shown_run(recipe, options)
-            try:
-                there = recorded(job, options.places)
-                if not there or (name != "02-training" and not has_weights(job, options.places)):
-                    found[name] = f"{job}: {'its weights are not here' if there else 'no record'}"
-            except (OSError, ValueError) as error:
-                found[name] = f"{job}: {error}"
+    found: dict[str, str] = {}
+    for name, recipe in ((name, recipe) for name, recipes in SHOWN.items() for recipe in recipes):
+        job = shown_run(recipe, options)
+        try:
+            why = "" if recorded(job, options.places) else "no record"
+            if not why and name in TRAINED and not has_weights(job, options.places):
+                why = "its weights are not here"
+        except (OSError, ValueError) as error:
+            why = str(error)
+        if why:
+            found.setdefault(name, f"{job}: {why}")
     return found
 
 

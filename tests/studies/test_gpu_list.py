@@ -243,7 +243,7 @@ def test_sigterm_received_by_another_thread_is_handled(tmp_path):
     code = (
         "import sys, threading\nfrom signal import SIGTERM, raise_signal\nfrom softshare.studies import gpu_list\n"
         "class Places(gpu_list.Places):\n"
-        "    def command(self, job):\n"
+        "    def command(self, *_):\n"
         "        threading.Timer(1, raise_signal, [SIGTERM]).start()\n"
         "        return [sys.executable, '-c', 'import time; time.sleep(100)']\n"
         "gpu_list.entries = lambda: [gpu_list.Entry('one', (gpu_list.Job('CNN', 0),))]\n"
