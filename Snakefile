@@ -56,12 +56,15 @@ use rule run as chapter with:
 
 
 rule verdicts:
-    output: PLAN["pages"] + "/verdicts-" + PLAN["digest"] + ".txt"
-    params: command=PLAN["report"]
-    shell: "{params.command} > {output:q}"
+    output: PLAN["verdicts"]["output"]
+    log: PLAN["verdicts"]["log"]
+    params: command=PLAN["verdicts"]["command"]
+    shell: "{params.command} > {output:q} 2>> {log:q}"
 
 
 rule site:
     input: [each["output"] for each in CHAPTERS.values()], rules.verdicts.output
-    params: command=PLAN["render"]
-    shell: "{params.command}"
+    output: touch(PLAN["site"]["output"])
+    log: PLAN["site"]["log"]
+    params: command=PLAN["site"]["command"]
+    shell: "{params.command} >> {log:q} 2>&1"

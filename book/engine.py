@@ -101,6 +101,7 @@ class Engine:
 def carry_out(plan: Mapping[str, Any], target: str, engine: Engine) -> list[str]:
     """Carry out a plan and return what failed, one line each; Ctrl-C and SIGTERM end the jobs too."""
     steps = [*plan["runs"], *plan["folds"], *plan["chapters"]]
+    steps += [plan["verdicts"], plan["site"]] if target == "site" else []
     path, log = engine.pages / f"{target}.json", engine.pages / "snakemake.log"
     path.write_text(json.dumps(plan, indent=1), encoding="utf8")
     retries = max((step.get("attempts", 1) for step in steps), default=1)

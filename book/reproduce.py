@@ -185,12 +185,14 @@ def book_plan(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
             "priority": 1,
         }
         steps.append(dressed(step, options))
+    digest = digest_of(record_digest(book))[:12]
+    report, render = shlex.join([python, "-m", "softshare", "report"]), shlex.join([python, build, "render", *tail])
     plan = frame(options) | {
         "chapters": steps,
-        "digest": digest_of(record_digest(book))[:12],
-        "report": shlex.join([python, "-m", "softshare", "report"]),
-        "render": shlex.join([python, build, "render", *tail]),
+        "verdicts": last_step("verdicts", options, f"verdicts-{digest}.txt", report),
+        "site": last_step("site", options, "site.done", render),
     }
+    options.pages.joinpath("site.done").unlink(missing_ok=True)  # whether the site is unchanged, `render` knows better
     return plan, why
 
 
@@ -216,9 +218,17 @@ def frame(options: Options) -> dict[str, Any]:
     logs.mkdir(parents=True, exist_ok=True)
     return {
         "folder": str(runs_folder(options.RUNS, options.PROFILE).resolve()),
-        "logs": str(logs), "pages": str(options.pages), "digest": "none", "report": "false", "render": "false",
-        "runs": [], "folds": [], "chapters": [], "again": [],
-    }  # fmt: skip
+        "logs": str(logs),
+        "pages": str(options.pages),
+        **{kind: [] for kind in ("runs", "folds", "chapters", "again")},
+        **{name: last_step(name, options, f"{name}.done", "false") for name in ("verdicts", "site")},
+    }
+
+
+def last_step(name: str, options: Options, output: str, command: str) -> dict[str, Any]:
+    """What is made from all records, in a moment on this machine."""
+    log = str(options.pages / "logs" / f"{name}.log")
+    return {"name": name, "title": name, "output": str(options.pages / output), "log": log, "command": command}
 
 
 def dressed(step: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP / "book"))  # for build.py, which is not part of the package
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests share
 
 FORK = "somebody/fork"
 

@@ -13,7 +13,7 @@ import pytest
 from build import Book, prepare_kernels, run_chapter
 
 import softshare
-from softshare.studies import make_plan, study_of, write_record
+from softshare.studies import make_plan, pipeline, study_of, write_record
 from softshare.studies.verdicts import read_claims
 
 pytestmark = pytest.mark.long
@@ -128,6 +128,18 @@ def test_compared(top, tmp_path):
     assert found["largest_parameter_difference"] < 0.02
     assert found["twin_difference"] < 1e-3
     assert found["work_of_shared"] == 1.0 and 0.4 < found["work_of_twin"] < 0.5
+
+
+def test_scaling(top, tmp_path):
+    (record,) = run(top, "scaling", tmp_path)
+    found = record["metrics"]
+    assert found["rows"] == 11 + 12 + 4 and found["row_jobs"] == 5 * (11 * 2 + 12 + 4)
+    assert found["jobs"] == len(pipeline.jobs_of("paper", data=("cifar10", "cifar100", "folder")))
+    assert found["days_1"] == pytest.approx(found["hours"] / 24)
+    for count in (8, 64):  # at least its share, and the longest run
+        bound = max(found["days_1"] / count, found["longest"] / 24)
+        assert bound <= found[f"days_{count}"] <= 4 / 3 * bound * 1.01
+    assert found["speeds"] >= 3
 
 
 def test_every_number_of_ours_on_the_results_page_comes_from_a_record(top, tmp_path):

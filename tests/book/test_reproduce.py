@@ -20,32 +20,13 @@ import slurm_status
 import with_gpus
 from build import BuildError
 from places import SHOWN, TRAINED, Book
+from reproducing import command, environment, processes_with
 
 from softshare.studies import RECIPES, find_records, read_record
 
 needs_snakemake = pytest.mark.skipif(
     importlib.util.find_spec("snakemake") is None, reason='needs the extra "pipeline": make .venv/.has-pipeline'
 )
-
-
-def without_speed(record):
-    """What a run found: everything in its record but how fast it was."""
-    metrics = {name: value for name, value in record.metrics.items() if "per_second" not in name}
-    history = [{name: value for name, value in row.items() if name not in ("seconds", "examples_per_second")}
-               for row in record.history]  # fmt: skip
-    return record.identity, metrics, history, record.snapshots
-
-
-def command(top, *options):
-    return [sys.executable, str(top / "book" / "reproduce.py"), *options]
-
-
-def environment(**more):
-    """Embedded digits, and no number of threads from outside."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-    }
-    return kept | {"SOFTSHARE_DATA": "", "PYTHONPATH": str(reproduce.TOP)} | more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,16 +277,6 @@ def test_an_interrupted_reproduction_goes_on_from_its_checkpoint(tmp_path, top, 
     assert "resuming at epoch" in log.read_text()
     again = subprocess.run(command(top, *options), env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "0 of 1 jobs to do" in again.stdout and "done:" not in again.stdout
-
-
-def processes_with(text: str) -> list[int]:
-    """Running processes with this text in their command, other than this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if text in path.read_bytes().decode(errors="replace") and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-    return found
 
 
 @pytest.mark.long

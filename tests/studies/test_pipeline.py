@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 
@@ -171,6 +172,22 @@ def test_a_job_gets_no_more_gpus_than_it_needs_and_may_have(seconds, most, hours
     assert 1 <= found <= most and math.log2(found).is_integer()
     assert seconds / found <= 3600 * hours or 2 * found > most
     assert found == 1 or seconds / (found / 2) > 3600 * hours
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 3))
+def test_the_time_on_several_machines_is_near_the_shortest_possible(seconds, machines):
+    """Against all ways to divide the jobs."""
+
+    def longest(places):
+        return max(sum(each for each, place in zip(seconds, places, strict=True) if place == here) for here in places)
+
+    shortest = min(map(longest, itertools.product(range(machines), repeat=len(seconds))))
+    assert shortest <= pipeline.makespan(seconds, machines) <= 4 / 3 * shortest
+
+
+def test_there_must_be_a_machine():
+    with pytest.raises(ValueError, match="machines must be at least 1, got 0"):
+        pipeline.makespan([1.0], 0)
 
 
 def test_memory_grows_with_activations_and_weights():
