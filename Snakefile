@@ -37,12 +37,12 @@ rule records:
 
 rule run:
     output: PLAN["folder"] + "/{name," + among(RUNS) + "}.json"
-    log: PLAN["logs"] + "/{name}.log"
-    params: command=of("command"), title=of("title"), logs=PLAN["logs"]
+    # Not `log:`, since Snakemake empties such a file before each attempt.
+    params: command=of("command"), log=of("log"), logs=PLAN["logs"]
     threads: of("threads")
     priority: of("priority")
     resources: runtime=growing("minutes"), mem_mb=growing("memory"), gpu=of("gpus"), devices=of("devices")
-    shell: "{params.command} >> {log:q} 2>&1"
+    shell: "{params.command} >> {params.log:q} 2>&1"
 
 
 use rule run as fold with:
