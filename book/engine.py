@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -77,22 +78,23 @@ class Engine:
         return command + (self._slurm() if self.slurm else self._here())
 
     def _slurm(self) -> list[str]:
+        queue = shlex.join([sys.executable, str(BOOK / "slurm_queue.py")])
         submit = [
-            "sbatch --parsable --no-requeue --open-mode=append --job-name={rule}-{wildcards.name}",
+            f"{queue} submit --no-requeue --open-mode=append --job-name={{rule}}-{{wildcards.name}}",
             "--cpus-per-task={threads} --mem={resources.mem_mb} --time={resources.runtime}",
             "--output={params.logs:q}/{wildcards.name}.slurm {resources.devices}",
             self.sbatch,
         ]
-        status = shlex.join([sys.executable, str(BOOK / "slurm_status.py")])
         command = ["--executor", "cluster-generic", "--jobs", str(self.jobs or 100), "--latency-wait", "60"]
-        command += ["--cluster-generic-submit-cmd", " ".join(submit), "--cluster-generic-status-cmd", status]
+        command += ["--cluster-generic-submit-cmd", " ".join(submit), "--cluster-generic-status-cmd", f"{queue} status"]
         return [*command, "--cluster-generic-cancel-cmd", "scancel", "--seconds-between-status-checks", "5"]
 
     def _here(self) -> list[str]:
         import torch
 
         gpus = torch.cuda.device_count() if self.device.startswith("cuda") else 0
-        cores = self.jobs * self.threads if self.jobs else len(os.sched_getaffinity(0))
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = self.jobs * self.threads if self.jobs else here
         memory = 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
         resources = [f"gpu={gpus}", f"mem_mb={memory:.0f}"]
         return ["--cores", str(max(cores, self.threads)), "--resources", *resources]
@@ -102,8 +104,10 @@ def carry_out(plan: Mapping[str, Any], target: str, engine: Engine) -> list[str]
     """Carry out a plan and return what failed, one line each; Ctrl-C and SIGTERM end the jobs too."""
     steps = [*plan["runs"], *plan["folds"], *plan["chapters"]]
     steps += [plan["verdicts"], plan["site"]] if target == "site" else []
-    path, log = engine.pages / f"{target}.json", engine.pages / "snakemake.log"
-    path.write_text(json.dumps(plan, indent=1), encoding="utf8")
+    text, log = json.dumps(plan, indent=1), engine.pages / "snakemake.log"
+    # Jobs of an earlier call that still wait in a queue must find the plan that they were sent with.
+    path = engine.pages / f"{target}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    path.write_text(text, encoding="utf8")
     retries = max((step.get("attempts", 1) for step in steps), default=1)
     watch = Watch(steps, plan["again"])
     begin = log.stat().st_size if log.exists() else 0

@@ -23,7 +23,7 @@ from freshness import chapter_key, digest_of, is_current, last_time, record_dige
 from places import READERS, SHOWN, TRAINED, Book
 
 from softshare.files import user_path
-from softshare.speed.benchmark import default_output
+from softshare.speed.benchmark import default_output, load_benchmark
 from softshare.studies import RECIPES, costs, pipeline, runs_folder
 from softshare.studies.jobs import Job, Places, has_weights, recorded
 from softshare.studies.pipeline import Listed, Machine
@@ -84,21 +84,28 @@ class Options:
 
     @cached_property
     def places(self) -> Places:
-        return Places(self.device, self.RUNS, self.CHECKPOINTS, bool(self.DOWNLOAD))
+        elsewhere = ""
+        if self.slurm:
+            elsewhere = load_benchmark(self.benchmark)["versions"]["hardware"] if self.benchmark else "?"
+        return Places(self.device, self.RUNS, self.CHECKPOINTS, bool(self.DOWNLOAD), elsewhere=elsewhere)
 
     @cached_property
-    def machine(self) -> Machine:
+    def benchmark(self) -> Path | None:
+        """The record whose speed to plan with, if one is named."""
         folder = TOP / "data" / "benchmarks"
         path = folder / f"{self.HARDWARE}.json"
         if self.HARDWARE and not path.is_file():
             raise BuildError(f"no {path}; there are: {', '.join(sorted(path.stem for path in folder.glob('*.json')))}")
-        if not self.HARDWARE and not self.slurm:
-            path = default_output(self.places.hardware) or path
+        return path if self.HARDWARE else None
+
+    @cached_property
+    def machine(self) -> Machine:
+        path = self.benchmark or (None if self.slurm else default_output(self.places.hardware))
         return Machine(
             int(self.THREADS) if self.THREADS else None,
             int(self.GPUS or 1) if self.device.startswith("cuda") else 0,
             float(self.HOURS) if self.HOURS else math.inf,
-            costs.measured_speed(path),
+            costs.measured_speed(path) if path else None,
         )
 
     @property

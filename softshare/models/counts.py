@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from .building import build
 from .names import Network
 
 
-def _built(network: Network, options: Mapping[str, Any]) -> torch.nn.Module:
+@functools.lru_cache(maxsize=4)  # counts of one network are often asked for together
+def _built(network: Network, options: tuple[tuple[str, Any], ...]) -> torch.nn.Module:
+    """A network without memory, in eval mode; for counting only."""
     with torch.device("meta"):
-        return build(network, **options).eval()
+        return build(network, **dict(options)).eval()
 
 
 def parameters(name: str | Network, **options: Any) -> int:
@@ -23,7 +24,7 @@ def parameters(name: str | Network, **options: Any) -> int:
     An auxiliary head counts only if asked for (``parameters("DARTS", auxiliary=True)``).
     """
     network = name if isinstance(name, Network) else Network.parse(name)
-    return sum(parameter.numel() for parameter in _built(network, options).parameters())
+    return sum(parameter.numel() for parameter in _built(network, tuple(sorted(options.items()))).parameters())
 
 
 def convolutions(name: str | Network, **options: Any) -> int:
@@ -34,7 +35,7 @@ def convolutions(name: str | Network, **options: Any) -> int:
 
 @functools.lru_cache(maxsize=128)
 def _convolutions(network: Network, options: tuple[tuple[str, Any], ...]) -> int:
-    model = _built(network, dict(options))
+    model = _built(network, options)
     return sum(
         isinstance(module, torch.nn.Conv2d)
         for name, module in model.named_modules()
@@ -59,7 +60,7 @@ def _multiply_adds(network: Network, side: int, options: tuple[tuple[str, Any], 
 
     images = torch.zeros(1, 2 if network.grids else 3, side, side, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _built(network, dict(options))(images)
+        _built(network, options)(images)
     return counter.get_total_flops() // 2
 
 
@@ -76,7 +77,7 @@ def activations(name: str | Network, side: int | None = None, **options: Any) ->
 
 @functools.lru_cache(maxsize=128)
 def _activations(network: Network, side: int, options: tuple[tuple[str, Any], ...]) -> int:
-    model = _built(network, dict(options))
+    model = _built.__wrapped__(network, options)  # one of its own, since it is put into training mode
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no storage takes the place of one that was counted
 

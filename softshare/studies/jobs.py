@@ -63,6 +63,7 @@ class Places:
         checkpoints: see `softshare.studies.running.checkpoints_folder`.
         download: whether to fetch data sets if no copy is found.
         rehearse: toy sizes of profile "fast", every step executed; of several seeds only the first.
+        elsewhere: the hardware's name if jobs run on another machine than this process; "?" if it is not known.
         fingerprints: of the data of each job, found once.
 
     Raises RuntimeError inside an application, which has no Python interpreter to start the runs with.
@@ -73,6 +74,7 @@ class Places:
     checkpoints: str | Path = ""
     download: bool = False
     rehearse: bool = False
+    elsewhere: str = ""
     fingerprints: dict[Any, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class Places:
     @property
     def hardware(self) -> str:
         """What the jobs run on, by name."""
+        if self.elsewhere:
+            return self.elsewhere
         return torch.cuda.get_device_name(self.device) if self.on_cuda else processor_name()
 
     def command(self, job: Job, checkpoint_seconds: float = 120.0, processes: int = 1) -> list[str]:

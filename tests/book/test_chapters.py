@@ -139,7 +139,7 @@ def test_scaling(top, tmp_path):
     for count in (8, 64):  # at least its share, and the longest run
         bound = max(found["days_1"] / count, found["longest"] / 24)
         assert bound <= found[f"days_{count}"] <= 4 / 3 * bound * 1.01
-    assert found["speeds"] >= 3
+    assert found["runs_compared"] >= 8
 
 
 def test_every_number_of_ours_on_the_results_page_comes_from_a_record(top, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import engine
 import pytest
 import reproduce
-import slurm_status
+import slurm_queue
 import with_gpus
 from build import BuildError
 from places import SHOWN, TRAINED, Book
@@ -76,6 +76,13 @@ def test_the_list_is_told_and_nothing_started(tmp_path, capsys, monkeypatch):
     assert "10 of 10 jobs to do" in output and "on one nvidia-h100-80gb-hbm3, at the speed measured on it" in output
 
 
+def test_jobs_for_a_gpu_elsewhere_are_listed_on_a_machine_without_one(tmp_path, capsys):
+    """Also if there are records of other seeds, whose times count only for the hardware that they were measured on."""
+    options = ["PROFILE=short", "ONLY=CNN", "SEEDS=10-13", "DRY=1", "ENGINE=slurm"]
+    assert reproduce.main(options) == 0
+    assert "on one cuda of the cluster, at an assumed speed" in capsys.readouterr().out
+
+
 def test_chapters_show_the_runs_that_the_plan_contains(top):
     """The chapters name the same recipes."""
     for name, recipes in SHOWN.items():
@@ -105,7 +112,7 @@ def test_jobs_go_to_slurm_with_what_they_need(tmp_path):
     slurm = engine.Engine(True, tmp_path, sbatch="--partition=gpu")
     found = " ".join(slurm.command(tmp_path / "p.json", "records", 2, [f"{tmp_path}/again.json"]))
     for part in ("--cpus-per-task={threads}", "--mem={resources.mem_mb}", "--time={resources.runtime}",
-                 "{resources.devices} --partition=gpu", "--jobs 100", "--keep-going", "--retries 2", "slurm_status.py",
+                 "{resources.devices} --partition=gpu", "--jobs 100", "--keep-going", "--retries 2", "slurm_queue.py status",
                  f"--forcerun {tmp_path}/again.json", "--cluster-generic-cancel-cmd scancel"):  # fmt: skip
         assert part in found
     here = engine.Engine(False, tmp_path, jobs=3, threads=2).command(tmp_path / "p.json", "records", 1)
@@ -168,7 +175,23 @@ def test_what_slurm_says_of_a_job(tmp_path, monkeypatch, shown, kept, found):
         (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'END' {stream}\n{text}\nEND\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert slurm_status.status("17;cluster") == found
+    assert slurm_queue.status("17;cluster") == found
+
+
+@pytest.mark.parametrize("folder, sent", [("here", False), ("elsewhere", True)])
+def test_a_job_that_is_in_the_queue_is_not_sent_again(tmp_path, monkeypatch, capfd, folder, sent):
+    """By its name, and the folder that it was sent from: another checkout may have one of the same name."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for name, text in (("squeue", f"echo '12|{tmp_path / folder}'"), ("sbatch", "echo 13")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}.calls\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path / "here")
+    assert slurm_queue.submit(["--job-name=run-a", "--time=3", "script"]) == 0
+    assert capfd.readouterr().out == ("13\n" if sent else "12\n")
+    assert "--name=run-a" in (tmp_path / "squeue.calls").read_text()
+    assert not sent or (tmp_path / "sbatch.calls").read_text() == "--parsable --job-name=run-a --time=3 script\n"
 
 
 def test_why_a_job_failed():
@@ -252,7 +275,7 @@ def test_a_failed_job_is_tried_again_then_named_and_the_rest_goes_on(tmp_path, t
 @needs_snakemake
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_reproduction_goes_on_from_its_checkpoint(tmp_path, top, number):
-    options = ["ONLY=WRN 28-2 cutout", "UNTIL=records", f"RUNS={tmp_path / 'r'}", f"CHECKPOINTS={tmp_path / 'c'}"]
+    options = ["ONLY=WRN 16-2 cutout", "UNTIL=records", f"RUNS={tmp_path / 'r'}", f"CHECKPOINTS={tmp_path / 'c'}"]
     process = subprocess.Popen(command(top, *options), env=environment(), stdout=subprocess.PIPE, text=True)
     limit = time.monotonic() + 120
     while not list((tmp_path / "c").rglob("step-*")) and time.monotonic() < limit:
@@ -276,7 +299,7 @@ def test_an_interrupted_reproduction_goes_on_from_its_checkpoint(tmp_path, top, 
     (log,) = (tmp_path / "r" / "pipeline" / "logs").glob("*.log")
     assert "resuming at epoch" in log.read_text()
     again = subprocess.run(command(top, *options), env=environment(), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "0 of 1 jobs to do" in again.stdout and "done:" not in again.stdout
+    assert again.returncode == 0 and "0 of 1 jobs to do" in again.stdout and "\ndone: " not in again.stdout
 
 
 @pytest.mark.long
@@ -294,4 +317,5 @@ def test_a_run_of_several_processes_starts_under_torchrun(tmp_path, top):
     os.environ["SOFTSHARE_DATA"] = ""
     assert engine.carry_out(reproduce.frame(options) | {"runs": [step]}, "records", reproduce.engine(options)) == []
     assert read_record(step["output"]).execution["processes"] == 2
-    assert json.loads((options.pages / "records.json").read_text())["runs"] == [step]
+    (written,) = options.pages.glob("records-*.json")
+    assert json.loads(written.read_text())["runs"] == [step]

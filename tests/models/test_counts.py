@@ -94,3 +94,21 @@ def test_counting_draws_no_random_numbers():
     state = torch.get_rng_state()
     parameters("SWRN 16-3-1"), multiply_adds("SWRN 16-3-1", 8)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_activations_are_those_that_a_real_forward_pass_keeps():
+    """On a batch of real numbers, with the memory that autograd holds counted by its address."""
+    for name, side, shape in (("WRN 16-1", 16, (3, 16, 16)), ("CNN", 8, (2, 8, 8)), ("DenseNet 22-4", 16, (3, 16, 16))):
+        model, kept = models.build(name), {}
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor, kept=kept, own=own):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(torch.randn(16, *shape))
+        held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        assert models.activations(name, side) == pytest.approx(held / 4 / 16, rel=0.02), name
+        del output

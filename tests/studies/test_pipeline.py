@@ -155,7 +155,7 @@ def test_the_time_of_a_job_follows_from_the_cost_model(tmp_path):
     (row,) = listed([job], places, Machine(gpus=1, speed=speed))
     expected = costs.expected_seconds(make_plan(job.recipe, "paper", 0), True, speed) + 25
     assert row.seconds == pytest.approx(expected) and row.step["gpus"] == 1
-    assert row.step["minutes"] == math.ceil((1.5 * expected + 300) / 60) and row.step["attempts"] == 1
+    assert row.step["minutes"] == math.ceil((pipeline.SLACK * expected + 300) / 60) and row.step["attempts"] == 1
     # Where no job may take longer than a partition allows, it is started again until it is through.
     hours = expected / 3600 / 4.5
     (row,) = listed([job], places, Machine(gpus=1, speed=speed, hours=hours))
