@@ -134,3 +134,13 @@ def test_jobs_that_are_in_the_queue_already_are_not_sent_again(tmp_path, top, qu
     assert done.returncode == 0, done.stdout + done.stderr + log
     assert re.findall(r"external jobid '(\d+)'", log) == [number, number], "found, not sent again"
     assert [record.recipe for record in find_records(tmp_path / "runs")] == ["WRN 28-2 cutout"]
+
+
+def test_an_interrupted_reproduction_takes_its_jobs_out_of_the_queue(tmp_path, top, queue):
+    call = command(top, "ONLY=WRN 16-2 cutout", *options(tmp_path)[1:], "ENGINE=slurm")
+    process = subprocess.Popen(call, env=queue, stdout=subprocess.PIPE, text=True)
+    until(lambda: numbers(queue, "run-wrn-16-2"))
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on where it was" in output
+    until(lambda: not asked(queue, "squeue", "--noheader").strip(), 60)
