@@ -9,6 +9,7 @@ REPRODUCE := SEEDS ONLY DATA ENGINE JOBS THREADS DEVICE GPUS HOURS HARDWARE SLUR
 BIN := .venv/bin
 RUN := $(BIN)/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
+quoted = '$(subst ','\'',$1)'
 NEEDS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
@@ -36,7 +37,8 @@ bench: .venv/.has-test ## measure speed, pair by pair (about five minutes), and 
 	$(RUN) -m softshare bench
 
 reproduce: .venv/.has-pipeline ## run all of a profile and build the book from it: PROFILE=fast, gpu, short or paper; DRY=1 lists it
-	$(RUN) book/reproduce.py PROFILE=$(PROFILE) $(foreach name,$(REPRODUCE),$(if $($(name)),"$(name)=$($(name))"))
+	@# Only what stands on the command line of make: the environment may hold variables of these names.
+	$(RUN) book/reproduce.py PROFILE=$(PROFILE) $(foreach name,$(REPRODUCE),$(if $(filter command,$(origin $(name))),$(call quoted,$(name)=$($(name)))))
 
 twins: .venv/.has-book ## rewrite the notebooks for Colab (book/notebooks) and the README's badges
 	$(RUN) book/build.py twins

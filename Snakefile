@@ -5,11 +5,12 @@ GPU to a cluster" of the book explains both. A record's name stands for everythi
 date if its record exists, and times of files mean nothing.
 """
 
-import json
 from pathlib import Path
 
-PLAN = json.loads(Path(config["plan"]).read_text(encoding="utf-8"))
-RUNS, FOLDS, CHAPTERS = ({each["name"]: each for each in PLAN[kind]} for kind in ("runs", "folds", "chapters"))
+if "runs" not in config:
+    raise WorkflowError("there is no plan; call `make reproduce PROFILE=fast`, which writes one and starts this")
+
+RUNS, FOLDS, CHAPTERS = ({each["name"]: each for each in config[kind]} for kind in ("runs", "folds", "chapters"))
 JOBS = RUNS | FOLDS | CHAPTERS
 
 
@@ -18,9 +19,16 @@ def of(field):
     return lambda wildcards: JOBS[wildcards.name][field]
 
 
-def growing(field):
-    """The same, once more with every attempt."""
-    return lambda wildcards, attempt: attempt * JOBS[wildcards.name][field]
+def minutes(wildcards, attempt):
+    """As planned, and once more with every attempt, up to the longest that a job may take."""
+    return min(attempt * JOBS[wildcards.name]["minutes"], config["longest"])
+
+
+def memory(wildcards, attempt):
+    """As planned, and once more for every attempt that ran out of it, as Slurm then says in the job's log."""
+    log = Path(JOBS[wildcards.name]["log"]).with_suffix(".slurm")
+    killed = re.findall("exceeded memory limit|oom.kill", log.read_text(errors="replace") if log.exists() else "", re.I)
+    return (1 + min(len(killed), attempt - 1)) * JOBS[wildcards.name]["memory"]
 
 
 def among(jobs):
@@ -36,35 +44,35 @@ rule records:
 
 
 rule run:
-    output: PLAN["folder"] + "/{name," + among(RUNS) + "}.json"
+    output: config["folder"] + "/{name," + among(RUNS) + "}.json"
     # Not `log:`, since Snakemake empties such a file before each attempt.
-    params: command=of("command"), log=of("log"), logs=PLAN["logs"]
+    params: command=of("command"), log=of("log"), logs=config["logs"]
     threads: of("threads")
     priority: of("priority")
-    resources: runtime=growing("minutes"), mem_mb=growing("memory"), gpu=of("gpus"), devices=of("devices")
-    shell: "{params.command} >> {params.log:q} 2>&1"
+    resources: runtime=minutes, mem_mb=memory, gpu=of("gpus"), devices=of("devices"), slot=1
+    shell:
+        "{params.command} >> {params.log:q} 2>&1 || {{ status=$?; "
+        "[ $status -le 128 ] || echo killed by signal $((status - 128)) >> {params.log:q}; exit $status; }}"
 
 
 use rule run as fold with:
     input: lambda wildcards: ancient(FOLDS[wildcards.name]["needs"])
-    output: PLAN["folder"] + "/{name," + among(FOLDS) + "}.json"
+    output: config["folder"] + "/{name," + among(FOLDS) + "}.json"
 
 
 use rule run as chapter with:
     input: lambda wildcards: ancient(CHAPTERS[wildcards.name]["needs"])
-    output: touch(PLAN["pages"] + "/{name," + among(CHAPTERS) + "}.done")
+    output: touch(config["pages"] + "/{name," + among(CHAPTERS) + "}.done")
 
 
 rule verdicts:
-    output: PLAN["verdicts"]["output"]
-    log: PLAN["verdicts"]["log"]
-    params: command=PLAN["verdicts"]["command"]
-    shell: "{params.command} > {output:q} 2>> {log:q}"
+    output: config["verdicts"]["output"]
+    params: command=config["verdicts"]["command"], log=config["verdicts"]["log"]
+    shell: "{params.command} > {output:q}.part 2>> {params.log:q} && mv {output:q}.part {output:q}"
 
 
 rule site:
     input: [each["output"] for each in CHAPTERS.values()], rules.verdicts.output
-    output: touch(PLAN["site"]["output"])
-    log: PLAN["site"]["log"]
-    params: command=PLAN["site"]["command"]
-    shell: "{params.command} >> {log:q} 2>&1"
+    output: touch(config["site"]["output"])
+    params: command=config["site"]["command"], log=config["site"]["log"]
+    shell: "{params.command} >> {params.log:q} 2>&1"

@@ -39,26 +39,24 @@ class Engine:
         slurm: whether a cluster's queue does it, or this machine.
         pages: folder of plans, logs and executed chapters.
         jobs: how many at a time; None: on this machine as many as it has cores or GPUs for, on a cluster 100.
-        threads: CPU threads of a job.
-        device: "cuda" or "cpu".
+        gpus: how many this machine has that may be used.
         sbatch: further options of sbatch.
     """
 
     slurm: bool
     pages: Path
     jobs: int | None = None
-    threads: int = 1
-    device: str = "cpu"
+    gpus: int = 0
     sbatch: str = ""
 
-    def command(self, plan: Path, target: str, retries: int, again: Sequence[str] = ()) -> list[str]:
-        """The call of Snakemake that carries out a plan up to a target."""
+    def command(self, plan: Path, target: str, retries: int, threads: int = 1, again: Sequence[str] = ()) -> list[str]:
+        """The call of Snakemake that carries out a plan up to a target; no job has more than so many threads."""
         command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(BOOK.parent / "Snakefile")]
         command += [
             "--directory",
             str(self.pages),
-            "--config",
-            f"plan={plan}",
+            "--configfile",
+            str(plan),
             "--keep-going",
             "--retries",
             str(retries),
@@ -75,7 +73,7 @@ class Engine:
             "--nocolor",
         ]
         command += ["--forcerun", *again] if again else []
-        return command + (self._slurm() if self.slurm else self._here())
+        return command + (self._slurm() if self.slurm else self._here(threads))
 
     def _slurm(self) -> list[str]:
         queue = shlex.join([sys.executable, str(BOOK / "slurm_queue.py")])
@@ -89,31 +87,39 @@ class Engine:
         command += ["--cluster-generic-submit-cmd", " ".join(submit), "--cluster-generic-status-cmd", f"{queue} status"]
         return [*command, "--cluster-generic-cancel-cmd", "scancel", "--seconds-between-status-checks", "5"]
 
-    def _here(self) -> list[str]:
-        import torch
-
-        gpus = torch.cuda.device_count() if self.device.startswith("cuda") else 0
-        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = self.jobs * self.threads if self.jobs else here
+    def _here(self, threads: int) -> list[str]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = 0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
-        resources = [f"gpu={gpus}", f"mem_mb={memory:.0f}"]
-        return ["--cores", str(max(cores, self.threads)), "--resources", *resources]
+        slots = self.jobs or 1000
+        cores = self.jobs * threads if self.jobs else max(cores, threads)
+        return ["--cores", str(cores), "--resources", f"slot={slots}", f"gpu={self.gpus}", f"mem_mb={memory:.0f}"]
 
 
-def carry_out(plan: Mapping[str, Any], target: str, engine: Engine) -> list[str]:
-    """Carry out a plan and return what failed, one line each; Ctrl-C and SIGTERM end the jobs too."""
+def carry_out(plan: Mapping[str, Any], target: str, engine: Engine, lock: int | None = None) -> list[str]:
+    """Carry out a plan and return what failed, one line each; Ctrl-C and the like end the jobs too.
+
+    Snakemake holds the open file `lock` too, so that what is locked with it stays so until both have ended.
+    """
     steps = [*plan["runs"], *plan["folds"], *plan["chapters"]]
     steps += [plan["verdicts"], plan["site"]] if target == "site" else []
     text, log = json.dumps(plan, indent=1), engine.pages / "snakemake.log"
     # Jobs of an earlier call that still wait in a queue must find the plan that they were sent with.
     path = engine.pages / f"{target}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    path.parent.joinpath("logs").mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf8")
-    retries = max((step.get("attempts", 1) for step in steps), default=1)
+    retries, threads = (max((step.get(name, 1) for step in steps), default=1) for name in ("attempts", "threads"))
     watch = Watch(steps, plan["again"])
     begin = log.stat().st_size if log.exists() else 0
     with log.open("a", encoding="utf8") as output:
-        command = engine.command(path, target, retries, plan["again"])
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=BOOK.parent, start_new_session=True)
+        command = engine.command(path, target, retries, threads, plan["again"])
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            cwd=BOOK.parent,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
         try:
             while (status := process.poll()) is None:
                 watch.look()
@@ -124,25 +130,37 @@ def carry_out(plan: Mapping[str, Any], target: str, engine: Engine) -> list[str]
             process.wait()
             raise
     watch.look(last=True)
-    failures = watch.failures()
+    told = since(log, begin)
+    failures = watch.failures(failed_outputs(told))
     if status and not failures:
-        tail = "\n".join(since(log, begin).strip().splitlines()[-15:])
-        failures = [f"{target}: Snakemake ended with status {status}: see {log}\n{tail}"]
+        tail = "\n".join(told.strip().splitlines()[-15:])
+        failures = [f"{target}: Snakemake ended with status {status}; log: {log}\n{tail}"]
     return failures
+
+
+def failed_outputs(log: str) -> dict[str, str]:
+    """The outputs of the jobs that Snakemake's log names as failed, each with what sbatch said if it refused the job."""
+    parts, found = re.split(r"^Error in rule .*$", log, flags=re.M), {}
+    for before, part in zip(parts, parts[1:], strict=False):
+        if output := re.search(r"^    output: (.*)$", part, re.M):
+            said = re.findall(r"^sbatch: (?:error: )?(.*)$", before, re.M)
+            found[output[1].strip()] = said[-1] if said else ""
+    return found
 
 
 @contextlib.contextmanager
 def terminated_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end what was started, as Ctrl-C does."""
+    """Let SIGTERM, and SIGHUP of a closed terminal, end what was started, as Ctrl-C does."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Watch:
@@ -152,12 +170,15 @@ class Watch:
         self.started = self.told = time.monotonic()
         self.steps = [step for step in steps if step["output"] in again or not Path(step["output"]).exists()]
         self.open = list(self.steps)
-        self.before = {step["name"]: (mtime(Path(step["output"])), sizes(step)) for step in steps}
+        self.before = {step["name"]: (mtime(Path(step["output"])), sizes(step), share(step)) for step in steps}
         self.first = self.work()
 
     def work(self) -> float:
-        """Expected seconds of work left."""
-        return sum(step.get("seconds", 60.0) * (1 - share(step)) for step in self.open)
+        """Expected seconds of work left; what the plan says is what was left when this began."""
+        return sum(
+            step.get("seconds", 60.0) * (1 - share(step)) / max(1e-9, 1 - self.before[step["name"]][2])
+            for step in self.open
+        )
 
     def look(self, last: bool = False) -> None:
         now = time.monotonic()
@@ -174,14 +195,15 @@ class Watch:
     def count(self) -> str:
         return f"{len(self.steps) - len(self.open)} of {len(self.steps)}"
 
-    def failures(self) -> list[str]:
-        """The jobs that were tried in vain, each with the reason and its log; what waited for them is not among them."""
+    def failures(self, named: Mapping[str, str]) -> list[str]:
+        """The jobs that failed, by their outputs, each with the reason and the log that tells it."""
         found = []
         for step in self.open:
-            logs = logs_of(step)
-            texts = [since(log, size) for log, size in zip(logs, self.before[step["name"]][1], strict=True)]
-            if any(text.strip() for text in texts):
-                found.append(f"{step['title']}: {reason(texts)}; log: {logs[0]}")
+            if step["output"] in named:
+                logs = logs_of(step)
+                texts = [since(log, size) for log, size in zip(logs, self.before[step["name"]][1], strict=True)]
+                why, place = reason(texts)
+                found.append(f"{step['title']}: {named[step['output']] or why}; log: {logs[place]}")
         return found
 
 
@@ -203,14 +225,15 @@ def since(log: Path, size: int) -> str:
     return log.read_bytes()[size:].decode("utf8", "replace") if log.exists() else ""
 
 
-def reason(texts: Sequence[str]) -> str:
-    """Why a job failed: the limit that it went over, if Slurm says so at its last attempt, or the last line of its log."""
+def reason(texts: Sequence[str]) -> tuple[str, int]:
+    """Why a job failed, and which of its two logs tells it: the limit that it went over, if Slurm says so at its last
+    attempt, or the last line."""
     last = texts[1].strip().splitlines()[-20:]
     for pattern, told in LIMITS.items():
         if any(re.search(pattern, line, re.IGNORECASE) for line in last):
-            return told
-    lines = next((text.strip().splitlines() for text in texts if text.strip()), [""])
-    return lines[-1].strip()
+            return told, 1
+    place = 0 if texts[0].strip() or not texts[1].strip() else 1
+    return (texts[place].strip().splitlines() or ["nothing is in its log"])[-1].strip(), place
 
 
 def share(step: Mapping[str, Any]) -> float:

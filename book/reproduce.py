@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -17,17 +19,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from build import BuildError, say
 from engine import Engine, carry_out, terminated_like_ctrl_c
-from freshness import chapter_key, digest_of, is_current, last_time, record_digest
+from freshness import chapter_key, digest_of, is_current, last_time, record_digest, tree_digest
 from places import READERS, SHOWN, TRAINED, Book
 
+from softshare import images
 from softshare.files import user_path
+from softshare.speed import networks
 from softshare.speed.benchmark import default_output, load_benchmark
 from softshare.studies import RECIPES, costs, pipeline, runs_folder
 from softshare.studies.jobs import Job, Places, has_weights, recorded
 from softshare.studies.pipeline import Listed, Machine
-from softshare.training.devices import pick_device
+from softshare.training.devices import NoSuchDevice, pick_device
 
 TOP = Path(__file__).resolve().parents[1]
 
@@ -55,31 +60,53 @@ class Options:
     DRY: str = ""  # 1: list the jobs and what they cost, start nothing
 
     def __post_init__(self) -> None:
-        for name, known in (("ENGINE", ("local", "slurm")), ("UNTIL", ("records", "site"))):
+        choices = {"ENGINE": ("local", "slurm"), "UNTIL": ("records", "site"), "DEVICE": ("", "cpu", "cuda"),
+                   "DOWNLOAD": ("", "0", "1"), "DRY": ("", "0", "1")}  # fmt: skip
+        for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise BuildError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise BuildError(f"{name} must be one of {', '.join(filter(None, known))}, got {getattr(self, name)!r}")
         if self.RUNS and self.UNTIL != "records":
             raise BuildError("RUNS needs UNTIL=records: the chapters read data/runs")
         for name in ("JOBS", "THREADS", "GPUS", "HOURS"):
             given = getattr(self, name)
-            if given and not (given.replace(".", "", name == "HOURS").isdecimal() and float(given) > 0):
-                raise BuildError(f"{name} must be a number above 0, got {given!r}")
+            digits = given.replace(".", "", 1) if name == "HOURS" else given
+            if given and not (digits.isdecimal() and float(given) > 0):
+                raise BuildError(f"{name} must be a {'' if name == 'HOURS' else 'whole '}number above 0, got {given!r}")
+        if not set("{}").isdisjoint(self.RUNS):
+            raise BuildError(
+                f"RUNS must not contain braces, which Snakemake would read as placeholders, got {self.RUNS!r}"
+            )
+        # Jobs run in another folder than this.
+        for name in ("RUNS", "CHECKPOINTS"):
+            if given := getattr(self, name):
+                object.__setattr__(self, name, str(user_path(given).resolve()))
 
     @property
     def slurm(self) -> bool:
         return self.ENGINE == "slurm"
 
-    @property
+    @cached_property
     def device(self) -> str:
         if self.slurm:
             return self.DEVICE or ("cpu" if self.PROFILE == "fast" else "cuda")
-        return str(pick_device(self.DEVICE or None))
+        return pick_device(self.DEVICE or None).type
+
+    @cached_property
+    def data(self) -> list[str]:
+        """The data sets by name or absolute path."""
+        found = []
+        for given in split(self.DATA):
+            if given not in images.NAMES and not user_path(given).exists():
+                known = ", ".join(images.NAMES)
+                raise BuildError(f"DATA: {given!r} is neither a data set ({known}) nor a folder of ImageNet's images")
+            found.append(given if given in images.NAMES else str(user_path(given).resolve()))
+        return found
 
     @property
     def pages(self) -> Path:
-        """Where the plan, logs and executed chapters of this profile go; with records elsewhere, beside these."""
+        """Where plans, logs and executed chapters of this profile go; with records elsewhere, beside these."""
         if self.RUNS:
-            return user_path(self.RUNS).resolve() / "pipeline"
+            return Path(self.RUNS) / "pipeline"
         return TOP / "book" / "_build" / (self.PROFILE if self.PROFILE != "fast" else "executed")
 
     @cached_property
@@ -87,30 +114,36 @@ class Options:
         elsewhere = ""
         if self.slurm:
             elsewhere = load_benchmark(self.benchmark)["versions"]["hardware"] if self.benchmark else "?"
-        return Places(self.device, self.RUNS, self.CHECKPOINTS, bool(self.DOWNLOAD), elsewhere=elsewhere)
+        return Places(self.device, self.RUNS, self.CHECKPOINTS, self.DOWNLOAD == "1", elsewhere=elsewhere)
 
     @cached_property
     def benchmark(self) -> Path | None:
         """The record whose speed to plan with, if one is named."""
         folder = TOP / "data" / "benchmarks"
-        path = folder / f"{self.HARDWARE}.json"
-        if self.HARDWARE and not path.is_file():
-            raise BuildError(f"no {path}; there are: {', '.join(sorted(path.stem for path in folder.glob('*.json')))}")
-        return path if self.HARDWARE else None
+        known = {path.stem: path for path in sorted(folder.glob("*.json")) if not path.match(networks.PATTERN)}
+        if self.HARDWARE and self.HARDWARE not in known:
+            raise BuildError(f"no record of HARDWARE={self.HARDWARE} in {folder}; there are: {', '.join(known)}")
+        if self.HARDWARE and load_benchmark(known[self.HARDWARE])["versions"]["device"] != self.device:
+            raise BuildError(f"HARDWARE={self.HARDWARE} is another kind of device than the jobs', {self.device}")
+        return known.get(self.HARDWARE)
 
     @cached_property
     def machine(self) -> Machine:
         path = self.benchmark or (None if self.slurm else default_output(self.places.hardware))
+        gpus = int(self.GPUS or 1) if self.device == "cuda" else 0
+        if gpus and not self.slurm and gpus > torch.cuda.device_count():
+            raise BuildError(f"GPUS={gpus}, but this machine has {torch.cuda.device_count()}")
         return Machine(
             int(self.THREADS) if self.THREADS else None,
-            int(self.GPUS or 1) if self.device.startswith("cuda") else 0,
+            gpus,
             float(self.HOURS) if self.HOURS else math.inf,
             costs.measured_speed(path) if path else None,
         )
 
     @property
     def hardware(self) -> str:
-        return self.HARDWARE or (f"{self.device} of the cluster" if self.slurm else self.places.hardware)
+        kind = "GPU" if self.device == "cuda" else "CPU core"
+        return self.HARDWARE or (f"{kind} of the cluster" if self.slurm else self.places.hardware)
 
 
 def parse_options(arguments: Iterable[str]) -> Options:
@@ -141,7 +174,7 @@ def records_plan(options: Options) -> tuple[list[Listed], dict[str, Any]]:
         options.PROFILE,
         pipeline.parse_seeds(options.SEEDS),
         split(options.ONLY),
-        split(options.DATA),
+        options.data,
         () if options.PROFILE == "fast" else shown,
     )
     rows = pipeline.listed(jobs, options.places, options.machine)
@@ -188,11 +221,11 @@ def book_plan(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
             "minutes": 60 if options.PROFILE == "fast" else 24 * 60,
             "memory": 6000,
             "threads": options.machine.threads or 1,
-            "gpus": min(1, options.machine.gpus),
+            "gpus": min(1, options.machine.gpus) if name in SHOWN and name not in why else 0,
             "priority": 1,
         }
         steps.append(dressed(step, options))
-    digest = digest_of(record_digest(book))[:12]
+    digest = digest_of([record_digest(book), tree_digest(book.package)])[:12]
     report, render = shlex.join([python, "-m", "softshare", "report"]), shlex.join([python, build, "render", *tail])
     plan = frame(options) | {
         "chapters": steps,
@@ -221,11 +254,10 @@ def in_fast(options: Options) -> dict[str, str]:
 
 def frame(options: Options) -> dict[str, Any]:
     """What every plan contains."""
-    logs = options.pages / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     return {
         "folder": str(runs_folder(options.RUNS, options.PROFILE).resolve()),
-        "logs": str(logs),
+        "logs": str(options.pages / "logs"),
+        "longest": math.ceil(60 * float(options.HOURS)) if options.HOURS else 10**6,
         "pages": str(options.pages),
         **{kind: [] for kind in ("runs", "folds", "chapters", "again")},
         **{name: last_step(name, options, f"{name}.done", "false") for name in ("verdicts", "site")},
@@ -240,12 +272,13 @@ def last_step(name: str, options: Options, output: str, command: str) -> dict[st
 
 def dressed(step: dict[str, Any], options: Options) -> dict[str, Any]:
     """A job with how it gets its GPUs: from Slurm, or here, one that no other job has."""
-    gpus, slurm = step["gpus"], options.slurm
-    command = step["command"]
-    if gpus and not slurm:
+    gpus, command = step["gpus"], step["command"]
+    if gpus > 1:  # torchrun leaves the number of threads as it is, and Snakemake sets it to that of all processes
+        command = f"env OMP_NUM_THREADS={max(1, step['threads'] // gpus)} {command}"
+    if gpus and not options.slurm:
         command = shlex.join([sys.executable, str(TOP / "book" / "with_gpus.py"), str(gpus)]) + " " + command
     log = str(options.pages / "logs" / f"{step['name']}.log")
-    return step | {"command": command, "log": log, "devices": f"--gres=gpu:{gpus}" if gpus and slurm else ""}
+    return step | {"command": command, "log": log, "devices": f"--gres=gpu:{gpus}" if gpus and options.slurm else ""}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,57 +286,59 @@ def dressed(step: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def engine(options: Options) -> Engine:
-    machine = options.machine
-    return Engine(
-        options.slurm,
-        options.pages,
-        int(float(options.JOBS)) if options.JOBS else None,
-        machine.threads or (4 if machine.gpus else 1),
-        options.device,
-        options.SLURM,
-    )
+    gpus = torch.cuda.device_count() if options.device == "cuda" and not options.slurm else 0
+    return Engine(options.slurm, options.pages, int(options.JOBS) if options.JOBS else None, gpus, options.SLURM)
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Refuse a second call beside a first one; the lock ends with its process, however that ends."""
+def alone(folder: Path) -> Iterator[int]:
+    """Refuse a second call beside a first one; the lock ends with the processes that hold it, however they end."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BuildError(f"another `make reproduce` is at work in {folder}; wait for it or stop it") from error
-        yield
+        yield lock.fileno()
 
 
 def reproduce(options: Options) -> int:
-    """Carry out the options; returns 0, or 1 if a job failed."""
+    """Carry out the options; returns 0, or 1 if a job failed or its record is damaged."""
+    if options.slurm and not shutil.which("sbatch") and options.DRY != "1":
+        raise BuildError(
+            "ENGINE=slurm needs Slurm's commands, but there is no sbatch here; log in where jobs are sent from"
+        )
     say(f"profile {options.PROFILE}: looking at what there is to do ...")
     rows, plan = records_plan(options)
     pipeline.print_list(rows, options.machine, options.hardware)
-    if options.DRY:
+    if options.DRY == "1":
         return 0
-    failures: list[str] = []
-    with alone(options.pages):
-        if any(row.step and not row.done for row in rows):
-            failures += carry_out(plan, "records", engine(options))
+    failures = [f"{row.job}: {row.why_not}" for row in rows if row.damaged]
+    with alone(options.pages) as lock:
+        if any(row.waiting for row in rows):
+            failures += carry_out(plan, "records", engine(options), lock)
         if options.UNTIL == "site":
             plan, why = book_plan(options)
             for name, reason in why.items():
                 say(f"chapter {name} in profile fast, since it cannot show {options.PROFILE}: {reason}")
-            failures += carry_out(plan, "site", engine(options))
+            failures += carry_out(plan, "site", engine(options), lock)
+            say(f"verdicts: {plan['verdicts']['output']}")
+            say(f"book: {TOP / 'book' / '_build' / 'html' / 'index.html'}")
+    say(f"records: {plan['folder']}")
+    left = sum(bool(row.why_not) for row in rows)
+    say(f"{left} jobs left out, see the end of the list above" if left else "no job left out")
     for failure in failures:
         say(f"FAILED: {failure}")
-    if not failures:
-        where = TOP / "book" / "_build" / "html" / "index.html" if options.UNTIL == "site" else plan["folder"]
-        say(f"all done: {where}")
     return int(bool(failures))
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
+    if given := os.environ.get("SOFTSHARE_DATA"):  # jobs run in another folder than this
+        os.environ["SOFTSHARE_DATA"] = str(user_path(given).resolve())
     try:
         with terminated_like_ctrl_c():
             return reproduce(parse_options(sys.argv[1:] if arguments is None else arguments))
-    except (BuildError, ValueError, OSError) as error:
+    except (BuildError, ValueError, OSError, NoSuchDevice) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

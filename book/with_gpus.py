@@ -20,12 +20,13 @@ from typing import TextIO
 
 
 def visible() -> list[str]:
-    """The GPUs that there are: CUDA_VISIBLE_DEVICES if it is set, otherwise all that `nvidia-smi` lists."""
+    """The GPUs that there are: CUDA_VISIBLE_DEVICES if it is set, otherwise all."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(number) for number, _ in enumerate(listed.stdout.strip().splitlines())]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def take(count: int, names: Sequence[str], folder: Path, locks: contextlib.ExitStack) -> dict[str, TextIO]:

@@ -174,8 +174,8 @@ def expected(job: Job, places: Places, speed: costs.Speed | None) -> float:
 def still_needs(job: Job, places: Places, speed: costs.Speed | None) -> float:
     """Expected seconds of a job, minus the share that its newest checkpoint has done.
 
-    They are those of the slowest run that differs only by its seed on this hardware, if there is a record of one; otherwise
-    `expected`.
+    They are those of the slowest run that differs only by its seed or data set on this hardware, if there is a record of
+    one; otherwise `expected`.
     """
     if job.folds:
         return expected(job, places, speed)
@@ -207,7 +207,8 @@ def _measured(job: Job, places: Places) -> float | None:
     ]
     # The seconds of a run that was interrupted count all its processes, which may have been elsewhere.
     alike = [run for run in runs if run.get("hardware") == places.hardware and "earlier" not in run]
-    return max((float(run["seconds"]) for run in alike if "seconds" in run), default=None)
+    # Several processes, one per GPU, are taken to be as many times as fast as one.
+    return max((float(run["seconds"]) * run.get("processes", 1) for run in alike if "seconds" in run), default=None)
 
 
 def print_costs(groups: Iterable[tuple[str, Sequence[Job]]], places: Places, speed: costs.Speed | None) -> float:

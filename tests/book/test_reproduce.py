@@ -42,7 +42,10 @@ def test_options_are_names_and_values():
         ("fast", "expected NAME=VALUE"),
         ("ENGINE=sge", "ENGINE must be one of local, slurm, got 'sge'"),
         ("UNTIL=now", "UNTIL must be one of records, site"),
-        ("JOBS=0", "JOBS must be a number above 0, got '0'"),
+        ("JOBS=0", "JOBS must be a whole number above 0, got '0'"),
+        ("JOBS=1.5", "JOBS must be a whole number above 0, got '1.5'"),
+        ("DEVICE=tpu", "DEVICE must be one of cpu, cuda, got 'tpu'"),
+        ("DRY=yes", "DRY must be one of 0, 1, got 'yes'"),
         ("HOURS=a", "HOURS must be a number above 0, got 'a'"),
         ("RUNS=r", "RUNS needs UNTIL=records"),
     ):
@@ -61,11 +64,36 @@ def test_mistakes_are_told_in_one_line(capsys):
         (["PROFILE=big"], "unknown profile 'big'"),
         (["ONLY=SWRN 29*"], "no recipe fits 'SWRN 29*'"),
         (["SEEDS=x"], "seeds must be numbers"),
-        (["HARDWARE=abacus"], "nvidia-h100-80gb-hbm3"),
+        (["HARDWARE=abacus"], "there are: amd-epyc, intel-xeon-processor, nvidia-h100-80gb-hbm3"),
+        (["HARDWARE=nvidia-h100-80gb-hbm3", "DEVICE=cpu"], "is another kind of device than the jobs', cpu"),
+        (["DATA=cifar-100"], "DATA: 'cifar-100' is neither a data set (cifar10, cifar100, digits) nor a folder"),
     ):
         assert reproduce.main(["DRY=1", *options]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
+
+
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    """Jobs run in another folder than the command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    options = reproduce.parse_options(["RUNS=r", "CHECKPOINTS=~/c", "DATA=cifar10,images", "UNTIL=records"])
+    assert options.RUNS == str(tmp_path / "r") and options.CHECKPOINTS == str(Path("~/c").expanduser())
+    assert options.data == ["cifar10", str(tmp_path / "images")] and options.pages == tmp_path / "r" / "pipeline"
+
+
+def test_a_damaged_record_is_named_at_the_end(tmp_path, capsys, monkeypatch):
+    from softshare.studies.jobs import Job, Places, path_of
+
+    monkeypatch.setattr(reproduce, "carry_out", lambda *_: [])
+    path = path_of(Job("CNN", 10, "short"), Places(runs=tmp_path))
+    path.write_text("{}")
+    options = ["PROFILE=short", "ONLY=CNN", "SEEDS=10", "UNTIL=records", f"RUNS={tmp_path}"]
+    assert reproduce.main(options) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("FAILED: CNN, short, seed 10: ") and last.endswith(
+        f"move {path.name} away to have it made again"
+    )
 
 
 def test_the_list_is_told_and_nothing_started(tmp_path, capsys, monkeypatch):
@@ -80,7 +108,7 @@ def test_jobs_for_a_gpu_elsewhere_are_listed_on_a_machine_without_one(tmp_path, 
     """Also if there are records of other seeds, whose times count only for the hardware that they were measured on."""
     options = ["PROFILE=short", "ONLY=CNN", "SEEDS=10-13", "DRY=1", "ENGINE=slurm"]
     assert reproduce.main(options) == 0
-    assert "on one cuda of the cluster, at an assumed speed" in capsys.readouterr().out
+    assert "on one GPU of the cluster, at an assumed speed" in capsys.readouterr().out
 
 
 def test_chapters_show_the_runs_that_the_plan_contains(top):
@@ -110,20 +138,21 @@ def test_a_chapter_without_its_runs_shows_profile_fast(tmp_path, monkeypatch):
 
 def test_jobs_go_to_slurm_with_what_they_need(tmp_path):
     slurm = engine.Engine(True, tmp_path, sbatch="--partition=gpu")
-    found = " ".join(slurm.command(tmp_path / "p.json", "records", 2, [f"{tmp_path}/again.json"]))
+    found = " ".join(slurm.command(tmp_path / "p.json", "records", 2, again=[f"{tmp_path}/again.json"]))
     for part in ("--cpus-per-task={threads}", "--mem={resources.mem_mb}", "--time={resources.runtime}",
                  "{resources.devices} --partition=gpu", "--jobs 100", "--keep-going", "--retries 2", "slurm_queue.py status",
                  f"--forcerun {tmp_path}/again.json", "--cluster-generic-cancel-cmd scancel"):  # fmt: skip
         assert part in found
-    here = engine.Engine(False, tmp_path, jobs=3, threads=2).command(tmp_path / "p.json", "records", 1)
-    assert here[here.index("--cores") + 1] == "6" and "gpu=0" in here
+    here = engine.Engine(False, tmp_path, jobs=3).command(tmp_path / "p.json", "records", 1, threads=4)
+    assert here[here.index("--cores") + 1] == "12" and "slot=3" in here and "gpu=0" in here
 
 
 @pytest.mark.parametrize("engine_name, devices, prefixed", [("slurm", "--gres=gpu:2", False), ("local", "", True)])
 def test_a_job_gets_gpus_from_slurm_or_from_this_machine(engine_name, devices, prefixed):
     options = reproduce.Options(ENGINE=engine_name)
-    step = reproduce.dressed({"name": "a", "command": "train", "gpus": 2}, options)
-    assert step["devices"] == devices and ("with_gpus.py 2 train" in step["command"]) is prefixed
+    step = reproduce.dressed({"name": "a", "command": "train", "gpus": 2, "threads": 16}, options)
+    assert step["devices"] == devices and step["command"].endswith("env OMP_NUM_THREADS=8 train")
+    assert ("with_gpus.py 2 env" in step["command"]) is prefixed
     assert reproduce.dressed({"name": "a", "command": "train", "gpus": 0}, options)["command"] == "train"
 
 
@@ -194,16 +223,27 @@ def test_a_job_that_is_in_the_queue_is_not_sent_again(tmp_path, monkeypatch, cap
     assert not sent or (tmp_path / "sbatch.calls").read_text() == "--parsable --job-name=run-a --time=3 script\n"
 
 
+def test_snakemake_names_what_failed():
+    log = (
+        "sbatch: error: Batch job submission failed: Requested time limit is invalid\nError submitting jobscript\n"
+        "Error in rule run:\n    message: None\n    jobid: 1\n    output: /a b/one.json\n    log: x\n"
+        "[date]\nError in rule fold:\n    jobid: 2\n    output: /two.json\nTrying to restart job 2.\n"
+        "rule run:\n    output: /three.json\n"
+    )
+    refusal = "Batch job submission failed: Requested time limit is invalid"
+    assert engine.failed_outputs(log) == {"/a b/one.json": refusal, "/two.json": ""}
+
+
 def test_why_a_job_failed():
     log = "epoch 1\nsoftshare run: no such file\n"
     killed = "Building DAG\nslurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
     memory = "slurmstepd: error: Step 5.batch exceeded memory limit (5 > 4), being killed\n"
     cancelled = "slurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***\n"
-    assert engine.reason([log, "Building DAG\n"]) == "softshare run: no such file"
-    assert engine.reason([log, killed]) == "over its time limit"
-    assert engine.reason([log, memory]) == "over its memory limit"
-    assert engine.reason([log, cancelled]) == "cancelled"
-    assert engine.reason(["", "sbatch: broken"]) == "sbatch: broken"
+    assert engine.reason([log, "Building DAG\n"]) == ("softshare run: no such file", 0)
+    assert engine.reason([log, killed]) == ("over its time limit", 1)
+    assert engine.reason([log, memory]) == ("over its memory limit", 1)
+    assert engine.reason([log, cancelled]) == ("cancelled", 1)
+    assert engine.reason(["", "sbatch: broken"]) == ("sbatch: broken", 1)
 
 
 def test_time_left_follows_from_checkpoints_and_the_pace_so_far(tmp_path, monkeypatch, capsys):
@@ -220,12 +260,18 @@ def test_time_left_follows_from_checkpoints_and_the_pace_so_far(tmp_path, monkey
     (tmp_path / "b-c" / "step-00000050-aaaa.safetensors").touch()  # 150 of 400 expected seconds after 61
     watch.look()
     assert capsys.readouterr().out == "0 of 2 done after 0:01:01, about 0:01:42 left\n"
+    resumed = engine.Watch(watch.steps)  # what the plan says is what was left then
+    assert resumed.first == pytest.approx(400)
+    (tmp_path / "b-c" / "step-00000075-aaaa.safetensors").touch()
+    assert resumed.work() == pytest.approx(100 + 150)
+    (tmp_path / "b-c" / "step-00000075-aaaa.safetensors").unlink()
     (tmp_path / "a").touch()
     now[0] = 100.0
     watch.look()
     assert capsys.readouterr().out == "done: a (1 of 2)\n"
     (tmp_path / "b.log").write_text("ValueError: broken\n")
-    assert watch.failures() == [f"b: ValueError: broken; log: {tmp_path / 'b.log'}"]
+    assert watch.failures({}) == [], "it may be at work"
+    assert watch.failures({str(tmp_path / "b"): ""}) == [f"b: ValueError: broken; log: {tmp_path / 'b.log'}"]
 
 
 def test_only_one_reproduction_at_a_time(tmp_path):
@@ -273,6 +319,38 @@ def test_a_failed_job_is_tried_again_then_named_and_the_rest_goes_on(tmp_path, t
 
 @pytest.mark.long
 @needs_snakemake
+def test_what_slurm_refuses_is_named_and_limits_grow_as_they_may(tmp_path, top):
+    """With stand-ins for Slurm's commands: one job is refused, the other is killed for its memory whenever it runs."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    sbatch = f"""echo "$@" >> {tmp_path}/calls
+case "$*" in *wrn-28-2*) echo 'sbatch: error: Requested time limit is invalid' >&2; exit 1;; esac
+for each; do case $each in --output=*) echo 'error: Step exceeded memory limit' >> "${{each#--output=}}";; esac; done
+echo 1"""
+    for name, text in (("sbatch", sbatch), ("scontrol", "echo JobState=OUT_OF_MEMORY"), ("squeue", "")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    where = environment(PATH=f"{programs}:{os.environ['PATH']}")
+    options = [
+        "ONLY=WRN 16-2 cutout,WRN 28-2 cutout",
+        "UNTIL=records",
+        f"RUNS={tmp_path / 'r'}",
+        "ENGINE=slurm",
+        "HOURS=0.02",
+    ]
+    done = subprocess.run(command(top, *options), env=where, capture_output=True, text=True, timeout=300)
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert done.returncode == 1 and len(failures) == 2, done.stdout + done.stderr
+    assert any("WRN 28-2 cutout, fast, seed 0: Requested time limit is invalid; log:" in line for line in failures)
+    assert any("WRN 16-2 cutout, fast, seed 0: over its memory limit; log:" in line for line in failures)
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "wrn-16-2" in line]
+    memory = [int(re.search(r"--mem=(\d+)", line)[1]) for line in calls]
+    assert memory == [memory[0] * (1 + number) for number in range(len(calls))] and len(calls) > 2
+    assert {re.search(r"--time=(\d+)", line)[1] for line in calls} == {"2"}, "never above HOURS"
+
+
+@pytest.mark.long
+@needs_snakemake
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_reproduction_goes_on_from_its_checkpoint(tmp_path, top, number):
     options = ["ONLY=WRN 16-2 cutout", "UNTIL=records", f"RUNS={tmp_path / 'r'}", f"CHECKPOINTS={tmp_path / 'c'}"]
@@ -304,8 +382,9 @@ def test_an_interrupted_reproduction_goes_on_from_its_checkpoint(tmp_path, top, 
 
 @pytest.mark.long
 @needs_snakemake
-def test_a_run_of_several_processes_starts_under_torchrun(tmp_path, top):
+def test_a_run_of_several_processes_starts_under_torchrun(tmp_path, top, monkeypatch):
     """On the CPU, by a plan for two: the record names both processes."""
+    monkeypatch.setenv("SOFTSHARE_DATA", "")
     from softshare.studies.jobs import Job, Places
     from softshare.studies.pipeline import Machine, listed
 
@@ -314,7 +393,6 @@ def test_a_run_of_several_processes_starts_under_torchrun(tmp_path, top):
     options = reproduce.Options(UNTIL="records", RUNS=str(tmp_path / "r"))
     step = reproduce.dressed(row.step, options)
     step["command"] = " ".join(f"'{part}'" for part in places.command(row.job, 2, processes=2))
-    os.environ["SOFTSHARE_DATA"] = ""
     assert engine.carry_out(reproduce.frame(options) | {"runs": [step]}, "records", reproduce.engine(options)) == []
     assert read_record(step["output"]).execution["processes"] == 2
     (written,) = options.pages.glob("records-*.json")

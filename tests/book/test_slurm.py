@@ -114,8 +114,8 @@ def test_jobs_over_their_limits_are_named(tmp_path, queue, monkeypatch):
     plan = reproduce.frame(chosen) | {"runs": [big, slow, good]}
     failures = engine.carry_out(plan, "records", reproduce.engine(chosen))
     assert failures == [
-        f"WRN 28-2 cutout, fast, seed 7: over its memory limit; log: {big['log']}",
-        f"SCNN, gpu, seed 7: over its time limit; log: {slow['log']}",
+        f"WRN 28-2 cutout, fast, seed 7: over its memory limit; log: {Path(big['log']).with_suffix('.slurm')}",
+        f"SCNN, gpu, seed 7: over its time limit; log: {Path(slow['log']).with_suffix('.slurm')}",
     ]
     assert [record.recipe for record in find_records(tmp_path / "r")] == ["WRN 16-2 cutout"], "the rest goes on"
 

@@ -101,6 +101,9 @@ def test_what_was_measured_here_tells_how_long_the_next_seed_takes(tmp_path, ima
     write(2, 1000.0)
     write(4, 999.0)
     assert jobs.still_needs(job, places, None) == jobs.STARTUP + 1000.0
+    write(5, 600.0, processes=2)
+    assert jobs.still_needs(job, places, None) == jobs.STARTUP + 1200.0, "on one GPU"
+    write(5, 400.0, processes=2)
     assert jobs.still_needs(job._replace(recipe="WRN 16-2 cutout"), places, None) != jobs.STARTUP + 1000.0
 
 

@@ -141,10 +141,18 @@ def test_what_cannot_be_done_is_left_out_with_its_reason(tmp_path, monkeypatch):
         raise FileNotFoundError("no copy of CIFAR-100")
 
     monkeypatch.setattr(STUDIES["imagenet"], "fingerprint", missing)
-    jobs = [deep._replace(folds=True), Job("CNN", 10, "short"), Job("SWRN 50-2", 0), Job("SCNN", 10, "short")]
+    jobs = [
+        deep._replace(folds=True),
+        Job("CNN", 10, "short"),
+        Job("SWRN 50-2", 0, data="/images"),
+        Job("SCNN", 10, "short"),
+    ]
+    jobs.append(Job("SWRN 50-2", 0))
     rows = listed(jobs, places, Machine())
-    assert [row.step is None for row in rows] == [True, True, True, False]
+    assert [row.step is None for row in rows] == [True, True, True, False, True]
+    assert [row.damaged for row in rows] == [False, True, False, False, False]
     assert "the weights are not here" in rows[0].why_not and "no copy of CIFAR-100" in rows[2].why_not
+    assert "no folder with ImageNet's images" in rows[4].why_not
     assert f"move {damaged.name} away" in rows[1].why_not
     assert all(row.seconds > 0 for row in rows), "what it would take is told nevertheless"
 
@@ -159,7 +167,7 @@ def test_the_time_of_a_job_follows_from_the_cost_model(tmp_path):
     # Where no job may take longer than a partition allows, it is started again until it is through.
     hours = expected / 3600 / 4.5
     (row,) = listed([job], places, Machine(gpus=1, speed=speed, hours=hours))
-    assert row.step["minutes"] == math.ceil(60 * hours) and row.step["attempts"] == 5
+    assert row.step["minutes"] == math.ceil(60 * hours) and row.step["attempts"] == 1 + math.floor(pipeline.SLACK * 4.5)
     # With several GPUs per job it gets as many as bring it under that, and starts under torchrun.
     (row,) = listed([job], places, Machine(gpus=16, speed=speed, hours=hours))
     assert row.step["gpus"] == 8 and "--nproc-per-node=8" in shlex.split(row.step["command"])
