@@ -127,8 +127,10 @@ def test_jobs_that_are_in_the_queue_already_are_not_sent_again(tmp_path, top, qu
     (number,) = until(lambda: numbers(queue, "run-wrn-28-2"))
     (snakemake,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
-    os.killpg(int(snakemake), signal.SIGKILL)  # its jobs belong to Slurm
     process.wait()
+    second = subprocess.run(call, env=queue, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 1 and "another `make reproduce` is at work" in second.stderr, "Snakemake still is"
+    os.killpg(int(snakemake), signal.SIGKILL)  # its jobs belong to Slurm
     done = subprocess.run(call, env=queue, capture_output=True, text=True, timeout=300)
     log = (tmp_path / "runs" / "pipeline" / "snakemake.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log
