@@ -20,14 +20,15 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-18s %s\n' "$$a" "$$b"; done
 
 book: .venv/.has-book ## run every chapter in profile fast and render the book to book/_build/html
-	$(RUN) book/build.py all
+	$(RUN) book/build.py all --jobs $(WORKERS)
 
 test: .venv/.has-test ## run the quick tests
 	$(RUN) -m pytest -m "not long" -n $(WORKERS) --dist worksteal
 
 test-long: .venv/.has-test .venv/.has-pipeline ## run the slower tests (chapters, rendering, training), then training again in bfloat16
-	$(RUN) -m pytest -m long
-	$(RUN) -m pytest -m "not long" --auto bfloat16 tests/training
+	$(RUN) -m pytest -m long -n $(WORKERS) --dist loadfile --ignore=tests/browser
+	$(RUN) -m pytest -m long tests/browser
+	$(RUN) -m pytest -m "not long" --auto bfloat16 -n $(WORKERS) tests/training
 
 lab: .venv/.has-book ## open the chapters in JupyterLab; options go in LAB_ARGS, as in LAB_ARGS="--port=9999"
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=book --LabApp.app_settings_dir="$(CURDIR)/book/_lab" \

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,12 @@ def explain(error: Exception) -> str:
 
 
 def execute(
-    book: Book, parameters: Mapping[str, Any], names: Sequence[str] = (), timeout: float | None = None
+    book: Book, parameters: Mapping[str, Any], names: Sequence[str] = (), timeout: float | None = None, jobs: int = 1
 ) -> list[str]:
-    """Run the chapters that have no current result and return their names. All are tried before a failure is raised."""
+    """Run the chapters that have no current result, so many at a time, and return their names.
+
+    All are tried before a failure is raised; those that read what the others write come last.
+    """
     chapters = [n for n in book.chapters() if not names or n in names]
     unknown = sorted(set(names) - set(chapters))
     if unknown or not chapters:
@@ -130,16 +134,17 @@ def execute(
     ran: list[str] = []
     failures: list[str] = []
     begin = time.monotonic()
-    for number, name in enumerate(chapters, start=1):
-        label = f"[{number}/{len(chapters)}] {name}"
+
+    def bring_up_to_date(name: str) -> None:
+        label = f"[{chapters.index(name) + 1}/{len(chapters)}] {name}"
         if is_current(book, name, parameters):
             say(f"{label}: unchanged")
-            continue
+            return
         if failures and name in READERS:
             say(f"{label}: not run, since it reads what the failed chapters should have written")
-            continue
-        due = [other for other in chapters[number - 1 :] if not is_current(book, other, parameters)]
-        left = sum(last_time(book, other) for other in due)
+            return
+        due = [other for other in chapters[chapters.index(name) :] if not is_current(book, other, parameters)]
+        left = sum(last_time(book, other) for other in due) / jobs
         say(f"{label}: running ..." + (f" (about {left:.0f} s left in all)" if last_time(book, name) else ""))
         start = time.monotonic()
         key = chapter_key(book, name, parameters)  # computed before the run, so that an edit during it is noticed
@@ -148,10 +153,18 @@ def execute(
         except BuildError as error:
             failures.append(str(error))
             say(f"{label}: FAILED after {time.monotonic() - start:.1f} s")
-            continue
+            return
         remember(book, name, key, time.monotonic() - start)
         ran.append(name)
         say(f"{label}: {time.monotonic() - start:.1f} s")
+
+    for some in ([n for n in chapters if n not in READERS], [n for n in chapters if n in READERS]):
+        if jobs == 1:
+            for name in some:
+                bring_up_to_date(name)
+        else:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(bring_up_to_date, some))
     say(f"chapters: {len(ran)} run, {time.monotonic() - begin:.1f} s, in {book.output}")
     if failures:
         raise BuildError("\n".join(failures))
@@ -350,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
         command.add_argument("--output", type=Path, help="where executed notebooks go")
         if name != "render":
+            command.add_argument("--jobs", type=int, default=1, help="chapters to run at a time (default: 1)")
             command.add_argument("--timeout", type=float, help=f"seconds a cell may take (default: {TIMEOUTS})")
         what = "chapters to run in profile fast whatever -p says, separated by commas"
         command.add_argument("--in-fast", default="", metavar="NAMES", help=what)
@@ -368,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         in_fast = list(filter(None, options.in_fast.split(",")))
         book, parameters = Book(options.top, options.output, in_fast), parse_parameters(options.parameters)
         if options.command in ("execute", "all"):
-            execute(book, parameters, getattr(options, "names", ()), options.timeout)
+            execute(book, parameters, getattr(options, "names", ()), options.timeout, max(1, options.jobs))
         if options.command in ("render", "all"):
             render(book, parameters)
         return 0

@@ -143,6 +143,20 @@ def test_a_damaged_result_is_not_current(project, make_chapter):
     assert not is_current(project.book, "01-one", FAST)
 
 
+def test_chapters_run_side_by_side_and_those_that_read_come_last(project, make_chapter, capsys):
+    """Two chapters that wait for each other end only if both are at work at once."""
+    meet = "import time, pathlib as p\np.Path('{}.here').touch()\nwhile not p.Path('{}.here').exists(): time.sleep(0.1)"
+    project.write("book/01-one.md", make_chapter(meet.format("one", "two")))
+    project.write("book/02-two.md", make_chapter(meet.format("two", "one")))
+    project.write("book/results.md", make_chapter("open('one.here'), open('two.here')"))
+    assert sorted(execute(project.book, FAST, jobs=2)) == ["01-one", "02-two", "results"]
+    assert execute(project.book, FAST, jobs=2) == []
+    project.write("book/01-one.md", make_chapter("1 / 0"))
+    with pytest.raises(BuildError, match="ZeroDivisionError"):
+        execute(project.book, FAST, jobs=2)
+    assert "results: not run, since it reads" in capsys.readouterr().out
+
+
 def test_parameters_reach_the_chapter(project, make_chapter):
     project.write("book/01-one.md", make_chapter("print('seed is', SEED + 1)"))
     made = run_chapter(project.book, "01-one", {"SEED": 41})
