@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from softshare import models
-from softshare.studies import RECIPES, STUDIES, find_records, gpu_list, make_plan, study_of, write_record
+from softshare.studies import RECIPES, find_records, gpu_list, make_plan
 from softshare.studies.gpu_list import Entry, Job, Places
 from softshare.training.processor import processor_name
 
@@ -52,22 +52,7 @@ def test_networks_of_equal_parameters_are_about_equal():
 
 
 @pytest.fixture
-def images(monkeypatch):
-    """As if both CIFAR data sets were available."""
-    monkeypatch.setattr(
-        STUDIES["cifar"], "fingerprint", lambda plan, data=None, download=False: f"{data}", raising=False
-    )
-
-
-def write_done(job, runs):
-    plan = make_plan(job.recipe, job.profile, job.seed)
-    if not job.folds:
-        data = {"fingerprint": study_of(plan).fingerprint(plan, job.data)}
-        write_record(study_of(plan).identity(plan, data["fingerprint"]), {}, data=data, runs=runs)
-
-
-@pytest.fixture
-def clock(monkeypatch, images):
+def clock(monkeypatch, images, write_done):
     """A list whose jobs take as long as they are expected to, on a GPU; yields what was done, with its limit."""
     now, calls = [0.0], []
     monkeypatch.setattr(gpu_list.time, "monotonic", lambda: now[0])
@@ -130,7 +115,7 @@ def test_a_benchmark_counts_for_its_hardware_and_for_steps_as_they_are_now(tmp_p
     assert found == [(False, speed(105.0)), (False, None), (True, speed(105.0, True))]
 
 
-def test_costs_are_told_before_anything_starts(tmp_path, monkeypatch, images, capsys):
+def test_costs_are_told_before_anything_starts(tmp_path, monkeypatch, images, write_done, capsys):
     jobs = (Job("CNN", 10), Job("CNN", 11), Job("WRN 28-2 cutout", 0, "short"))
     entries = [Entry("benchmark"), Entry("both", jobs), Entry("big", (Job("SWRN 50-2", 0),))]
     monkeypatch.setattr(gpu_list, "entries", lambda: entries)

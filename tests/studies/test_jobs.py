@@ -12,21 +12,6 @@ from softshare.studies.jobs import Job, Places
 from softshare.training.processor import processor_name
 
 
-@pytest.fixture
-def images(monkeypatch):
-    """As if both CIFAR data sets were available."""
-    monkeypatch.setattr(
-        STUDIES["cifar"], "fingerprint", lambda plan, data=None, download=False: f"{data}", raising=False
-    )
-
-
-def write_done(job, runs):
-    plan = make_plan(job.recipe, job.profile, job.seed)
-    if not job.folds:
-        data = {"fingerprint": study_of(plan).fingerprint(plan, job.data)}
-        write_record(study_of(plan).identity(plan, data["fingerprint"]), {}, data=data, runs=runs)
-
-
 def test_a_checkpoint_grows_with_its_snapshots():
     """100 layers with 100 templates each: snapshots of their coefficients weigh as much as weights and optimizer."""
     plan = make_plan("SCNN 100 layers", "paper", 10)
@@ -37,7 +22,7 @@ def test_a_checkpoint_grows_with_its_snapshots():
         assert costs.checkpoint_bytes(make_plan(name, "paper", 10)) < 12e6, "these can be carried"
 
 
-def test_damaged_records_and_folds_of_other_weights_do_not_count(tmp_path, images):
+def test_damaged_records_and_folds_of_other_weights_do_not_count(tmp_path, images, write_done):
     places, job = Places(runs=tmp_path), Job("SWRN 40-8-8", 1, "short")
     write_done(job, tmp_path)
     assert jobs.recorded(job, places) and not jobs.recorded(job._replace(folds=True), places)
